@@ -1,0 +1,1 @@
+"""The command line: one file a verb group; torch is imported inside the verb."""

@@ -1,0 +1,1 @@
+"""Photos from folders and WebDataset shards."""

@@ -1,0 +1,1 @@
+"""Encoders, quantizers, decoders and length rules, and the tokenizer they compose."""

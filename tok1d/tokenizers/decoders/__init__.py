@@ -1,0 +1,1 @@
+"""Codes to images, one class a file."""

@@ -1,0 +1,1 @@
+"""Images to latents, one class a file."""

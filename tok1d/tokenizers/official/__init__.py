@@ -1,0 +1,1 @@
+"""One readable key map per published family."""

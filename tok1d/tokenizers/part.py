@@ -1,0 +1,172 @@
+"""The four kinds of part a tokenizer is made of, and what passes between them.
+
+    image (B, 3, H, W) in [0, 1] → Encoder → z (B, N, D) → Quantizer → q (B, N, D), ids (B, N) → Decoder → image
+
+A part remembers the arguments it was built with (``part.config``), so a tokenizer can be written to config.json and
+built again. Configurations are plain data; only classes that live in ``tok1d.tokenizers`` are ever built from a file.
+
+Shapes: B batch, N tokens, D latent width, H × W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tok1d.errors import ModelError
+
+
+class Part(nn.Module):
+    """A module that records its constructor arguments in ``config`` (JSON-able values only)."""
+
+    config: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        build = cls.__init__
+        signature = inspect.signature(build)
+
+        @functools.wraps(build)
+        def recorded(self: Part, *args: Any, **kw: Any) -> None:
+            if type(self) is cls:
+                bound = signature.bind(self, *args, **kw)
+                bound.apply_defaults()
+                values = {k: v for k, v in bound.arguments.items() if k != "self"}
+                object.__setattr__(self, "config", json.loads(json.dumps(values)))
+            build(self, *args, **kw)
+
+        cls.__init__ = recorded  # type: ignore[method-assign]
+
+    def to_config(self) -> dict[str, Any]:
+        """``{"class": import path, **arguments}``, plain data."""
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self.config}
+
+
+def build_part(config: dict[str, Any], kind: type[Part]) -> Part:
+    """Build a part from its ``to_config()`` data.
+
+    Only subclasses of ``kind`` defined under ``tok1d.tokenizers`` are accepted: a hostile file can name nothing else.
+
+    Raises:
+        ModelError: the class is unknown, of the wrong kind, or the arguments do not fit.
+    """
+    if not isinstance(config, dict) or not isinstance(config.get("class"), str):
+        raise ModelError(f"a {kind.__name__.lower()} in config.json needs a 'class' entry, got {config!r:.200}")
+    module_name, _, name = config["class"].rpartition(".")
+    found = None
+    if module_name.startswith("tok1d.tokenizers."):
+        try:
+            found = getattr(importlib.import_module(module_name), name, None)
+        except ImportError:
+            found = None
+    if not (inspect.isclass(found) and issubclass(found, kind)):
+        raise ModelError(
+            f"config.json names {config['class']!r}, which is not a {kind.__name__.lower()} of tok1d. "
+            "Parts of your own are passed as objects: Tokenizer1D(encoder=MyEncoder(...), ...)"
+        )
+    arguments = {k: v for k, v in config.items() if k != "class"}
+    try:
+        inspect.signature(found.__init__).bind(None, **arguments)
+        return found(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"config.json: {name} cannot be built from {arguments!r:.300}: {error}") from error
+
+
+@dataclass
+class QuantizerOutput:
+    """What a quantizer returns.
+
+    Attributes:
+        q: float32 (B, N, D) quantized latents with straight-through gradient; zero where the mask is False.
+        ids: int64 (B, N), or None for continuous (KL) bottlenecks and bit codes.
+        losses: unweighted scalar losses by log name (``commitment``, ``codebook``, ``entropy``, ``kl`` …).
+        stats: detached scalars for logging.
+        bits: uint8 (B, N, d) for codes of more than 62 bits.
+    """
+
+    q: Tensor
+    ids: Tensor | None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    bits: Tensor | None = None
+
+
+class Encoder(Part):
+    """Images → latents, one per token.
+
+    Attributes:
+        tokens: number N of latents it makes.
+        dim: width D of a latent.
+    """
+
+    tokens: int
+    dim: int
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Float (B, 3, H, W) in [0, 1] → float (B, N, D)."""
+
+
+class Quantizer(Part):
+    """Latents → discrete codes and back; float32 inside with autocast off.
+
+    Attributes:
+        dim: width D of latents and codes.
+        vocab_size: number of ids, or 0 for a continuous bottleneck.
+    """
+
+    dim: int
+    vocab_size: int
+
+    @property
+    def bits_per_token(self) -> int:
+        from tok1d.tokens import bits_for_vocab
+
+        return bits_for_vocab(self.vocab_size) if self.vocab_size else 0
+
+    @abstractmethod
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        """Float (B, N, D), bool mask (B, N) True = keep → QuantizerOutput.
+
+        Masked tokens never enter losses, statistics or codebook updates; their ids are 0 and their q is zero.
+        """
+
+    @abstractmethod
+    def ids_to_codes(self, ids: Tensor) -> Tensor:
+        """int64 (B, n) ids of the first n tokens → float32 (B, n, D)."""
+
+    @abstractmethod
+    def codes_to_ids(self, codes: Tensor) -> Tensor:
+        """float (B, n, D) codes of the first n tokens → int64 (B, n)."""
+
+
+class Decoder(Part):
+    """Codes → images.
+
+    Attributes:
+        stochastic: whether ``seeds`` change the picture.
+    """
+
+    stochastic: bool = False
+
+    @abstractmethod
+    def forward(self, q: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Float (B, n, D) codes of the first n tokens, bool mask (B, n) True = given → float (B, 3, H, W), about [0, 1].
+
+        ``mask=None`` means that all n tokens are given. A masked position must not influence the image.
+        """
+
+
+def token_mask(lengths: Tensor, tokens: int) -> Tensor | None:
+    """int64 (B,) lengths → bool (B, tokens), or None when every token counts."""
+    if bool((lengths >= tokens).all()):
+        return None
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]

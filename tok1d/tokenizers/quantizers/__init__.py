@@ -1,0 +1,1 @@
+"""Latents to codes, one class a file."""

@@ -1,0 +1,369 @@
+"""Tokenizer1D: encoder × quantizer × decoder × length rule, and its folder on disk (config.json + safetensors).
+
+The folder has the layout of diffusers (``config.json`` with ``_class_name``, ``diffusion_pytorch_model.safetensors``)
+but neither diffusers nor pickle is involved; importing diffusers alone costs seconds.
+
+Shapes: B images, N tokens, n ≤ N kept tokens, D latent width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tok1d.errors import ImageError, ModelError, TokenError
+from tok1d.tokenizers.lengths import FixedLength, LengthRule
+from tok1d.tokenizers.part import Decoder, Encoder, Quantizer, build_part, token_mask
+from tok1d.tokens import TokenSequence
+
+if TYPE_CHECKING:
+    from tok1d.tokenizers.budget import Budget
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+@dataclass
+class TokenizerOutput:
+    """What a training forward returns.
+
+    Attributes:
+        reconstruction: float (B, 3, H, W), not clamped.
+        ids: int64 (B, N), or None for continuous bottlenecks.
+        lengths: int64 (B,) tokens kept of each image.
+        losses: unweighted scalar losses of the quantizer by log name.
+        stats: detached scalars for logging.
+    """
+
+    reconstruction: Tensor
+    ids: Tensor | None
+    lengths: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Tokenizer1D(nn.Module):
+    """A discrete 1D image tokenizer.
+
+    Args:
+        encoder, quantizer, decoder: the parts; their latent widths must agree.
+        lengths: length rule; ``FixedLength()`` if None.
+        image_size: (height, width) the model works at.
+        name: shown in messages, files and cards.
+
+    Example:
+        >>> import tok1d, torch
+        >>> tok = tok1d.load("default")
+        >>> seq = tok.encode(torch.rand(1, 3, 256, 256), tokens=32)
+        >>> seq.shape, tok.decode(seq).shape
+        ((1, 32), torch.Size([1, 3, 256, 256]))
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        quantizer: Quantizer,
+        decoder: Decoder,
+        lengths: LengthRule | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        name: str = "tokenizer",
+    ) -> None:
+        super().__init__()
+        if encoder.dim != quantizer.dim:
+            raise ModelError(f"the encoder makes latents of width {encoder.dim}, the quantizer takes {quantizer.dim}")
+        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self.lengths = FixedLength() if lengths is None else lengths
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.name = name
+        self._model_id: int | None = None
+
+    # what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def max_tokens(self) -> int:
+        return self.encoder.tokens
+
+    @property
+    def token_lengths(self) -> list[int]:
+        """Every number of tokens this model can be asked for."""
+        return self.lengths.allowed(self.max_tokens)
+
+    @property
+    def is_nested(self) -> bool:
+        return self.lengths.nested
+
+    @property
+    def is_discrete(self) -> bool:
+        return self.quantizer.vocab_size > 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.quantizer.vocab_size
+
+    @property
+    def bits_per_token(self) -> int:
+        return self.quantizer.bits_per_token
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.decoder.parameters()).dtype
+
+    @property
+    def model_id(self) -> int:
+        """64-bit id of configuration and weights; .tok files carry it so that a foreign file is noticed."""
+        if self._model_id is not None:
+            return self._model_id
+        from safetensors.torch import save
+
+        model_id = _fingerprint(self.to_config(), save(_plain_state(self)))
+        if not self.training:
+            self._model_id = model_id
+        return model_id
+
+    def train(self, mode: bool = True) -> Tokenizer1D:
+        if mode:
+            self._model_id = None
+        super().train(mode)
+        return self
+
+    # images ⇄ tokens ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode(
+        self, images: Tensor, tokens: int | Budget | None = None, *, policy: str = "none"
+    ) -> TokenSequence:
+        """Images to tokens.
+
+        Args:
+            images: float (B, 3, H, W) or (3, H, W) in [0, 1], or uint8 in 0..255.
+            tokens: how many to keep; None for all, or a :class:`tok1d.tokenizers.budget.Budget` (quality or byte target).
+            policy: what to do with another size than ``image_size``: ``none`` (refuse), ``resize``, ``crop``, ``pad``, ``tile``.
+                The original size is recorded and undone by :meth:`decode`.
+
+        Returns:
+            TokenSequence with ids (B, n); for a budget, per-image lengths.
+
+        Raises:
+            ImageError: wrong size with ``policy="none"``, wrong shape, or NaN.
+            TokenError: a number of tokens this model does not make.
+        """
+        from tok1d.image_io import fit
+
+        if not self.is_discrete:
+            raise TokenError(f"{self.name} has a continuous bottleneck and no token ids; use encode_latents()")
+        keep = self._check_tokens(tokens) if isinstance(tokens, int) else self.max_tokens
+        fitted, geometry = fit(self._check_images(images), self.image_size, policy)
+        output = self.quantizer(self.encode_latents(fitted))
+        data = {"ids": output.ids} if output.bits is None else {"bits": output.bits}
+        seq = TokenSequence(
+            **{"ids": None, **data}, vocab_size=self.vocab_size, model_id=self.model_id, geometry=geometry
+        )
+        if tokens is None or isinstance(tokens, int):
+            return seq[:, :keep]
+        return tokens.apply(self, fitted, seq)
+
+    @torch.inference_mode()
+    def decode(self, tokens: TokenSequence | Tensor) -> Tensor:
+        """Tokens to images.
+
+        Args:
+            tokens: a TokenSequence (its size policy is undone), or int64 ids (B, n).
+
+        Returns:
+            float32 (B, 3, H, W) in [0, 1].
+
+        Raises:
+            TokenError: ids outside the vocabulary, too many tokens, or tokens of another model.
+        """
+        from tok1d.image_io import unfit
+
+        seq = tokens if isinstance(tokens, TokenSequence) else TokenSequence(tokens, vocab_size=self.vocab_size)
+        self._check_sequence(seq)
+        seq = seq.to(self.device)
+        lengths = seq.lengths
+        assert lengths is not None
+        seq = seq[:, : int(lengths.max()) if len(lengths) else 0]
+        q = self.quantizer.ids_to_codes(seq.data)
+        images = self.decode_latents(q, lengths).float().clamp(0, 1)
+        return images if seq.geometry is None else unfit(images, seq.geometry)
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Float (B, 3, H, W) in [0, 1] at ``image_size`` → float (B, N, D) before quantization."""
+        return self.encoder(images.to(self.device, self.dtype)).float()
+
+    def decode_latents(self, q: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Float (B, n, D) codes, int64 (B,) lengths → float (B, 3, H, W), not clamped."""
+        mask = None if lengths is None else token_mask(lengths, q.shape[1])
+        return self.decoder(q.to(self.dtype), mask)
+
+    def forward(self, images: Tensor, lengths: Tensor | None = None) -> TokenizerOutput:
+        """Reconstruct with gradient; in training mode the length rule draws how many tokens each image keeps.
+
+        Args:
+            images: float (B, 3, H, W) in [0, 1] at ``image_size``.
+            lengths: int64 (B,) to keep instead of drawing them.
+        """
+        z = self.encoder(images)
+        if lengths is None:
+            full = torch.full((len(z),), self.max_tokens, dtype=torch.int64)
+            lengths = self.lengths.sample(len(z), self.max_tokens) if self.training else full
+        lengths = lengths.to(z.device)
+        mask = token_mask(lengths, z.shape[1])
+        output = self.quantizer(z, mask)
+        longest = int(lengths.max())
+        reconstruction = self.decode_latents(output.q[:, :longest], lengths)
+        return TokenizerOutput(reconstruction, output.ids, lengths, output.losses, output.stats)
+
+    # checks at the border ----------------------------------------------------------------------------------------
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        if images.ndim == 3:
+            images = images[None]
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ImageError(f"images must be (B, 3, H, W) or (3, H, W), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if not images.is_floating_point():
+            raise ImageError(f"images must be float in [0, 1] or uint8, got {images.dtype}")
+        low, high = torch.aminmax(images) if images.numel() else (torch.tensor(0.0), torch.tensor(0.0))
+        if not (low >= -0.01 and high <= 1.01):  # also False for NaN
+            raise ImageError(
+                f"images must be finite and in [0, 1], got values from {low:.3g} to {high:.3g}. "
+                "Divide uint8-like values by 255, map [-1, 1] by (x + 1) / 2"
+            )
+        return images
+
+    def _check_tokens(self, tokens: int) -> int:
+        if tokens not in self.token_lengths:
+            if not self.is_nested:
+                raise TokenError(
+                    f"{self.name} makes exactly {self.max_tokens} tokens, got tokens={tokens}. "
+                    f"Use {self.max_tokens}, or a nested model: tok models --filter nested"
+                )
+            raise TokenError(f"{self.name} keeps 1 to {self.max_tokens} tokens, got tokens={tokens}")
+        return tokens
+
+    def _check_sequence(self, seq: TokenSequence) -> None:
+        assert seq.lengths is not None
+        if seq.vocab_size != self.vocab_size:
+            raise TokenError(
+                f"these tokens have a vocabulary of {seq.vocab_size}, {self.name} has {self.vocab_size}: another model made them"
+            )
+        if seq.model_id and seq.model_id != self.model_id:
+            raise TokenError(
+                f"these tokens were made by model {seq.model_id:016x}, this is {self.name} {self.model_id:016x}. "
+                "Decode with the model that made them"
+            )
+        for n in set(seq.lengths.tolist()):
+            self._check_tokens(n)
+        if seq.ids is not None and seq.ids.numel():
+            low, high = int(seq.ids.min()), int(seq.ids.max())
+            if low < 0 or high >= self.vocab_size:
+                raise TokenError(f"ids must be in [0, {self.vocab_size}), got {low}..{high}")
+
+    # disk --------------------------------------------------------------------------------------------------------
+
+    def to_config(self) -> dict[str, Any]:
+        """Plain data that :meth:`from_config` builds the same model from (weights aside)."""
+        return {
+            "_class_name": "Tokenizer1D",
+            "name": self.name,
+            "image_size": list(self.image_size),
+            "encoder": self.encoder.to_config(),
+            "quantizer": self.quantizer.to_config(),
+            "decoder": self.decoder.to_config(),
+            "lengths": self.lengths.to_config(),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Tokenizer1D:
+        """Build from :meth:`to_config` data; nothing but classes of ``tok1d.tokenizers`` can be named.
+
+        Raises:
+            ModelError: not the configuration of a Tokenizer1D, or a part cannot be built.
+        """
+        if not isinstance(config, dict) or config.get("_class_name") != "Tokenizer1D":
+            raise ModelError("this config.json does not describe a Tokenizer1D (no \"_class_name\": \"Tokenizer1D\")")
+        size = config.get("image_size", [256, 256])
+        if not (isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and 0 < s <= 65535 for s in size)):
+            raise ModelError(f"config.json: image_size must be [height, width] in pixels, got {size!r:.100}")
+        return cls(
+            encoder=build_part(config.get("encoder"), Encoder),  # type: ignore[arg-type]
+            quantizer=build_part(config.get("quantizer"), Quantizer),  # type: ignore[arg-type]
+            decoder=build_part(config.get("decoder"), Decoder),  # type: ignore[arg-type]
+            lengths=build_part(config.get("lengths"), LengthRule),  # type: ignore[arg-type]
+            image_size=(size[0], size[1]),
+            name=str(config.get("name", "tokenizer")),
+        )
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and weights, each atomically.
+
+        Args:
+            folder: made if missing.
+            dtype: cast floating-point weights (``torch.float16`` halves the file); they load back as float32.
+        """
+        from safetensors.torch import save
+
+        from tok1d.tokfile import atomic_write
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        blob = save(_plain_state(self, dtype), metadata={"format": "pt"})
+        text = json.dumps(self.to_config(), indent=2) + "\n"
+        atomic_write(folder / WEIGHTS_NAME, blob)
+        atomic_write(folder / CONFIG_NAME, text.encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Tokenizer1D:
+        """Load a folder written by :meth:`save_pretrained`, in eval mode, float32, on the CPU.
+
+        Raises:
+            ModelError: files missing or damaged, or weights that do not fit the configuration.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text())
+            blob = (folder / WEIGHTS_NAME).read_bytes()
+            state = load(blob)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+            raise ModelError(f"{folder}: cannot be loaded ({error}). A model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}") from error
+        model = cls.from_config(config)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ModelError(f"{folder}: the weights do not fit {CONFIG_NAME}: {error}") from error
+        model.eval().requires_grad_(False)
+        model._model_id = _fingerprint(model.to_config(), blob)
+        return model
+
+
+def _plain_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of the state dict, floats cast to ``dtype`` if given."""
+    state = {}
+    for key, value in model.state_dict().items():
+        value = value.detach().cpu()
+        state[key] = (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous()
+    return state
+
+
+def _fingerprint(config: dict[str, Any], safetensors_blob: bytes) -> int:
+    """64 bits of SHA-256 over the architecture and the tensor bytes (the safetensors header, with its free text, left out)."""
+    size = int.from_bytes(safetensors_blob[:8], "little")
+    parts = {k: v for k, v in config.items() if k != "name"}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    digest.update(memoryview(safetensors_blob)[8 + size :])
+    return int.from_bytes(digest.digest()[:8], "big") or 1

@@ -1,0 +1,1 @@
+"""Lightning tasks, losses and export."""
