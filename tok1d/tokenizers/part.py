@@ -25,9 +25,15 @@ from tok1d.errors import ModelError
 
 
 class Part(nn.Module):
-    """A module that records its constructor arguments in ``config`` (JSON-able values only)."""
+    """A module that records its constructor arguments in ``config`` (JSON-able values only).
+
+    Attributes:
+        training_only: names of buffers that checkpoints of a training run need and exported weights leave out; loading
+            weights without them must work.
+    """
 
     config: dict[str, Any]
+    training_only: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,7 +73,7 @@ def build_part(config: dict[str, Any], kind: type[Part]) -> Part:
             found = getattr(importlib.import_module(module_name), name, None)
         except ImportError:
             found = None
-    if not (inspect.isclass(found) and issubclass(found, kind)):
+    if not (inspect.isclass(found) and issubclass(found, kind)) or found is kind:
         raise ModelError(
             f"config.json names {config['class']!r}, which is not a {kind.__name__.lower()} of tok1d. "
             "Parts of your own are passed as objects: Tokenizer1D(encoder=MyEncoder(...), ...)"
@@ -76,7 +82,7 @@ def build_part(config: dict[str, Any], kind: type[Part]) -> Part:
     try:
         inspect.signature(found.__init__).bind(None, **arguments)
         return found(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: torch cannot allocate that much
         raise ModelError(f"config.json: {name} cannot be built from {arguments!r:.300}: {error}") from error
 
 
@@ -119,12 +125,19 @@ class Quantizer(Part):
     """Latents → discrete codes and back; float32 inside with autocast off.
 
     Attributes:
-        dim: width D of latents and codes.
+        dim: width D of latents.
+        code_dim: width of codes, D unless the quantizer says otherwise (KL: latents are mean and variance, codes half).
         vocab_size: number of ids, or 0 for a continuous bottleneck.
+        loss_weights: published weights of its losses by log name, for training that does not set its own.
     """
 
     dim: int
     vocab_size: int
+    loss_weights: dict[str, float] = {}  # noqa: RUF012
+
+    @property
+    def code_dim(self) -> int:
+        return self.dim
 
     @property
     def bits_per_token(self) -> int:
@@ -152,9 +165,11 @@ class Decoder(Part):
     """Codes → images.
 
     Attributes:
+        dim: width of the codes it takes.
         stochastic: whether ``seeds`` change the picture.
     """
 
+    dim: int
     stochastic: bool = False
 
     @abstractmethod

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tok1d.errors import ImageError, ModelError, TokenError
 from tok1d.tokenizers.lengths import FixedLength, LengthRule
-from tok1d.tokenizers.part import Decoder, Encoder, Quantizer, build_part, token_mask
+from tok1d.tokenizers.part import Decoder, Encoder, Part, Quantizer, build_part, token_mask
 from tok1d.tokens import TokenSequence
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class Tokenizer1D(nn.Module):
         super().__init__()
         if encoder.dim != quantizer.dim:
             raise ModelError(f"the encoder makes latents of width {encoder.dim}, the quantizer takes {quantizer.dim}")
+        if getattr(decoder, "dim", quantizer.code_dim) != quantizer.code_dim:
+            raise ModelError(f"the quantizer makes codes of width {quantizer.code_dim}, the decoder takes {decoder.dim}")
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.lengths = FixedLength() if lengths is None else lengths
         self.image_size = (int(image_size[0]), int(image_size[1]))
@@ -207,28 +209,35 @@ class Tokenizer1D(nn.Module):
         """Float (B, 3, H, W) in [0, 1] at ``image_size`` → float (B, N, D) before quantization."""
         return self.encoder(images.to(self.device, self.dtype)).float()
 
-    def decode_latents(self, q: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def decode_latents(
+        self, q: Tensor, lengths: Tensor | None = None, window: tuple[int, int, int] | None = None
+    ) -> Tensor:
         """Float (B, n, D) codes, int64 (B,) lengths → float (B, 3, H, W), not clamped."""
         mask = None if lengths is None else token_mask(lengths, q.shape[1])
-        return self.decoder(q.to(self.dtype), mask)
+        extra = {} if window is None else {"window": window}
+        return self.decoder(q.to(self.dtype), mask, **extra)
 
-    def forward(self, images: Tensor, lengths: Tensor | None = None) -> TokenizerOutput:
+    def forward(
+        self, images: Tensor, lengths: Tensor | None = None, window: tuple[int, int, int] | None = None
+    ) -> TokenizerOutput:
         """Reconstruct with gradient; in training mode the length rule draws how many tokens each image keeps.
 
         Args:
             images: float (B, 3, H, W) in [0, 1] at ``image_size``.
             lengths: int64 (B,) to keep instead of drawing them.
+            window: (top, left, size) to render only that square, for decoders that can.
         """
-        z = self.encoder(images)
+        batch, device = len(images), images.device
         if lengths is None:
-            full = torch.full((len(z),), self.max_tokens, dtype=torch.int64)
-            lengths = self.lengths.sample(len(z), self.max_tokens) if self.training else full
-        lengths = lengths.to(z.device)
-        mask = token_mask(lengths, z.shape[1])
-        output = self.quantizer(z, mask)
-        longest = int(lengths.max())
-        reconstruction = self.decode_latents(output.q[:, :longest], lengths)
-        return TokenizerOutput(reconstruction, output.ids, lengths, output.losses, output.stats)
+            full = torch.full((batch,), self.max_tokens, dtype=torch.int64)
+            lengths = self.lengths.sample(batch, self.max_tokens) if self.training else full
+        # Questions about lengths that were drawn on the CPU are answered there: the GPU is never waited for.
+        longest, mask = int(lengths.max()), token_mask(lengths, self.max_tokens)
+        given = token_mask(lengths, longest)
+        output = self.quantizer(self.encoder(images), None if mask is None else mask.to(device))
+        q = output.q[:, :longest].to(self.dtype)
+        reconstruction = self.decoder(q, None if given is None else given.to(device))
+        return TokenizerOutput(reconstruction, output.ids, lengths.to(device), output.losses, output.stats)
 
     # checks at the border ----------------------------------------------------------------------------------------
 
@@ -358,9 +367,13 @@ class Tokenizer1D(nn.Module):
 
 
 def _plain_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of the state dict, floats cast to ``dtype`` if given."""
+    """Contiguous CPU tensors that inference needs, by state dict key, floats cast to ``dtype`` if given."""
+    parts = ((path, part) for path, part in model.named_modules() if isinstance(part, Part))
+    skipped = {f"{path}.{name}" for path, part in parts for name in part.training_only}
     state = {}
     for key, value in model.state_dict().items():
+        if key in skipped:
+            continue
         value = value.detach().cpu()
         state[key] = (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous()
     return state

@@ -1,0 +1,55 @@
+"""What several quantizers share: masked means and sums over all ranks, and codebook usage.
+
+Shapes: B images, N tokens, K codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks) of the running process group; (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Add ``x`` up over all ranks, in place and without gradient; every rank must call it."""
+    if world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def token_mean(values: Tensor, mask: Tensor | None, step: bool) -> Tensor:
+    """Mean over kept tokens.
+
+    In a training step the divisor is the mean number of kept tokens of a rank: gradients that data parallelism averages
+    are then those of the mean over the tokens of all ranks, however unequal their masks are.
+
+    Args:
+        values: float (B, N).
+        mask: bool (B, N) True = kept, or None.
+        step: whether this is a training step (then every rank gets here).
+    """
+    kept = values if mask is None else values.masked_fill(~mask, 0)
+    count = torch.tensor(float(values.numel()), device=values.device) if mask is None else mask.sum().float()
+    if step:
+        count = sum_over_ranks(count) / world()[1]
+    return kept.sum() / count.clamp(min=1)
+
+
+def count_ids(ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+    """int64 (B, N) ids → float32 (K,), how often each is used by kept tokens."""
+    weight = torch.ones(ids.shape, device=ids.device) if mask is None else mask.float()
+    return torch.zeros(vocab_size, device=ids.device).scatter_add_(0, ids.flatten(), weight.flatten())
+
+
+def usage_stats(counts: Tensor) -> dict[str, Tensor]:
+    """Float (K,) counts → ``usage``, the share of codes met, and ``perplexity``, exp of the entropy of their use."""
+    share = counts / counts.sum().clamp(min=1)
+    entropy = -torch.special.xlogy(share, share).sum()
+    return {"usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
