@@ -1,6 +1,7 @@
 """TokenSequence: what every tokenizer makes and takes — ids or bits, how many of them count, and what they cost.
 
 Shapes: B images (or tiles of images), N tokens, d bits of one token.
+torch is imported where it is used: reading what a .tok file says (`tok info`, `tok truncate`) does not need it.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tok1d.errors import TokenError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 POLICIES = ("none", "resize", "crop", "pad", "tile")
 
@@ -35,6 +38,7 @@ class Geometry:
 
     @property
     def tiles(self) -> int:
+        """Rows of the batch this image takes."""
         return self.rows * self.cols
 
 
@@ -59,6 +63,7 @@ class TokenSequence:
         vocab_size: number of distinct tokens (2**d for bit codes).
         model_id: 64-bit id of the model and weights that made them, 0 if unknown.
         geometry: one entry per original image (tiles share one), or None.
+        nested: whether any prefix of a row decodes; files of other sequences refuse to be truncated.
     """
 
     ids: Tensor | None
@@ -67,8 +72,11 @@ class TokenSequence:
     bits: Tensor | None = None
     model_id: int = 0
     geometry: tuple[Geometry, ...] | None = None
+    nested: bool = True
 
     def __post_init__(self) -> None:
+        import torch
+
         if (self.ids is None) == (self.bits is None):
             raise TokenError("a TokenSequence holds either ids (B, N) or bits (B, N, d), exactly one of them")
         data = self.data
@@ -85,7 +93,10 @@ class TokenSequence:
         elif self.lengths.shape != (data.shape[0],):
             raise TokenError(f"lengths must be ({data.shape[0]},), got {tuple(self.lengths.shape)}")
         if self.geometry is not None and sum(g.tiles for g in self.geometry) != data.shape[0]:
-            raise TokenError("geometry does not cover the rows of the batch")
+            raise TokenError(
+                f"geometry describes {sum(g.tiles for g in self.geometry)} rows (tiles included), the batch has {data.shape[0]}; "
+                "give one Geometry per original image, or geometry=None"
+            )
 
     @property
     def data(self) -> Tensor:
@@ -99,6 +110,7 @@ class TokenSequence:
 
     @property
     def device(self) -> torch.device:
+        """Where the tokens are."""
         return self.data.device
 
     @property
@@ -109,7 +121,7 @@ class TokenSequence:
     @property
     def bits_per_image(self) -> list[int]:
         """Payload bits of each original image (all its tiles together)."""
-        cost = (self.lengths * self.bits_per_token).tolist()  # type: ignore[operator]
+        cost = [n * self.bits_per_token for n in self.lengths.tolist()]  # type: ignore[union-attr]
         if self.geometry is None:
             return cost
         ends, start = [], 0
@@ -121,18 +133,22 @@ class TokenSequence:
     @property
     def mask(self) -> Tensor:
         """bool (B, N), True where a token counts."""
+        import torch
+
         return torch.arange(self.shape[1], device=self.device) < self.lengths[:, None]  # type: ignore[index]
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, key) -> TokenSequence:
-        """``seq[rows]`` or ``seq[rows, :k]``: choose rows, keep the first k tokens of each.
+    def __getitem__(self, key: Any) -> TokenSequence:
+        """``seq[rows]`` or ``seq[rows, :k]``: choose rows (int, slice, list or tensor), keep the first k tokens of each.
 
         Raises:
-            TokenError: the token slice is not a prefix (``[:, 3:]``, ``[:, ::2]``).
+            TokenError: the token slice is not a prefix (``[:, 3:]``, ``[:, ::2]``), a row that does not exist, or
+                some of the tiles of an image.
 
         Example:
+            >>> import torch
             >>> seq = TokenSequence(torch.arange(8).view(1, 8), vocab_size=16)
             >>> seq[:, :3].ids.tolist(), seq[:, :3].bits_per_image
             ([[0, 1, 2]], [12])
@@ -141,9 +157,13 @@ class TokenSequence:
         if not isinstance(cols, slice) or cols.start not in (None, 0) or cols.step not in (None, 1):
             raise TokenError("tokens are sliced as a prefix only: seq[:, :k]")
         if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise TokenError(f"row {rows} does not exist: there are {len(self)}, counted from 0")
             rows = slice(rows, rows + 1 or None)
         geometry = self.geometry
-        if geometry is not None and rows != slice(None):
+        if geometry is not None and not (isinstance(rows, slice) and rows == slice(None)):
+            import torch
+
             if any(g.tiles != 1 for g in geometry):
                 raise TokenError("rows of a tiled image belong together; slice tokens only: seq[:, :k]")
             index = torch.arange(len(geometry))[rows].tolist()
@@ -151,12 +171,12 @@ class TokenSequence:
         data = self.data[rows, cols]
         lengths = self.lengths[rows].clamp(max=data.shape[1])  # type: ignore[index]
         fields = {"ids": data} if self.bits is None else {"bits": data}
-        return replace(self, **fields, lengths=lengths, geometry=geometry)
+        return replace(self, **fields, lengths=lengths, geometry=geometry)  # type: ignore[arg-type]
 
-    def to(self, device) -> TokenSequence:
+    def to(self, device: torch.device | str) -> TokenSequence:
         """The same tokens on another device."""
         fields = {"ids": self.data.to(device)} if self.bits is None else {"bits": self.data.to(device)}
-        return replace(self, **fields, lengths=self.lengths.to(device))  # type: ignore[union-attr]
+        return replace(self, **fields, lengths=self.lengths.to(device))  # type: ignore[union-attr, arg-type]
 
     @staticmethod
     def stack(parts: Sequence[TokenSequence]) -> TokenSequence:
@@ -165,12 +185,17 @@ class TokenSequence:
         Raises:
             TokenError: nothing to join, or the parts come from different models or vocabularies.
         """
+        import torch
+
         if not parts:
             raise TokenError("nothing to stack")
         first = parts[0]
         for p in parts[1:]:
             if (p.vocab_size, p.model_id, p.bits is None) != (first.vocab_size, first.model_id, first.bits is None):
-                raise TokenError("only sequences of the same model can be stacked")
+                raise TokenError(
+                    f"only sequences of one model can be stacked, got model {first.model_id:016x} with a vocabulary of "
+                    f"{first.vocab_size} and model {p.model_id:016x} with {p.vocab_size}"
+                )
         longest = max(p.shape[1] for p in parts)
         name = "ids" if first.bits is None else "bits"
         padded = []
@@ -183,9 +208,10 @@ class TokenSequence:
             geometry = tuple(g for p in parts for g in p.geometry)  # type: ignore[union-attr]
         return replace(
             first,
-            **{name: torch.cat(padded)},
+            **{name: torch.cat(padded)},  # type: ignore[arg-type]
             lengths=torch.cat([p.lengths for p in parts]),  # type: ignore[misc]
             geometry=geometry,
+            nested=all(p.nested for p in parts),
         )
 
     def save(self, path: str | Path, *, overwrite: bool = True) -> int:
