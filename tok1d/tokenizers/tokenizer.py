@@ -236,7 +236,8 @@ class Tokenizer1D(nn.Module):
         given = token_mask(lengths, longest)
         output = self.quantizer(self.encoder(images), None if mask is None else mask.to(device))
         q = output.q[:, :longest].to(self.dtype)
-        reconstruction = self.decoder(q, None if given is None else given.to(device))
+        extra = {} if window is None else {"window": window}
+        reconstruction = self.decoder(q, None if given is None else given.to(device), **extra)
         return TokenizerOutput(reconstruction, output.ids, lengths.to(device), output.losses, output.stats)
 
     # checks at the border ----------------------------------------------------------------------------------------
