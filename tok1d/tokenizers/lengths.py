@@ -6,6 +6,7 @@ Tail drop keeps a prefix of random length: One-D-Piece (https://arxiv.org/abs/25
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -49,7 +50,8 @@ class TailDrop(LengthRule):
     """Keep a prefix of random length in training; any prefix decodes afterwards.
 
     Args:
-        distribution: ``uniform`` over minimum..N, or ``powers_of_two`` over {1, 2, 4, …, N} (N included).
+        distribution: ``uniform`` over minimum..N, ``powers_of_two`` over {1, 2, 4, …, N} (N included), or ``log_uniform``:
+            the logarithm is uniform, so 1..2 tokens are drawn as often as 128..256.
         per_sample: draw a length for each sample; one for the whole batch otherwise (as One-D-Piece does).
         minimum: shortest length drawn.
         full: probability of keeping every token, on top of the distribution.
@@ -65,14 +67,18 @@ class TailDrop(LengthRule):
         self, distribution: str = "uniform", per_sample: bool = True, minimum: int = 1, full: float = 0.0
     ) -> None:
         super().__init__()
-        if distribution not in ("uniform", "powers_of_two"):
-            raise TokenError(f"distribution must be 'uniform' or 'powers_of_two', got {distribution!r}")
+        if distribution not in ("uniform", "powers_of_two", "log_uniform"):
+            raise TokenError(f"distribution must be uniform, powers_of_two or log_uniform, got {distribution!r}")
         self.distribution, self.per_sample, self.minimum, self.full = distribution, per_sample, minimum, full
 
     def sample(self, batch: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
         n = batch if self.per_sample else 1
         if self.distribution == "uniform":
             lengths = torch.randint(min(self.minimum, tokens), tokens + 1, (n,), generator=generator)
+        elif self.distribution == "log_uniform":
+            low = math.log2(min(self.minimum, tokens))
+            level = low + torch.rand(n, generator=generator, dtype=torch.float64) * (math.log2(tokens + 1) - low)
+            lengths = (2**level).long().clamp(min(self.minimum, tokens), tokens)
         else:
             steps = [2**i for i in range(tokens.bit_length()) if self.minimum <= 2**i < tokens] + [tokens]
             lengths = torch.tensor(steps)[torch.randint(len(steps), (n,), generator=generator)]

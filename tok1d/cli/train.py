@@ -1,0 +1,42 @@
+"""``tok fit`` (LightningCLI over a YAML file) and ``tok export`` (a run becomes a model folder)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Register the verbs; nothing heavy is imported here."""
+    fit = subparsers.add_parser(
+        "fit",
+        help="train a tokenizer from a YAML configuration",
+        description="Everything after 'fit' goes to LightningCLI: --config FILE|NAME, --model.*, --data.*, --trainer.*, "
+        "--ckpt_path, --print_config. NAME is a file of configs/ without its suffix, e.g. debug/fsq.",
+        add_help=False,
+    )
+    fit.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of LightningCLI")
+    fit.set_defaults(run=run_fit)
+    export = subparsers.add_parser("export", help="turn a training run into a model folder with weights and a card")
+    export.add_argument("source", type=Path, metavar="RUN", help="run folder, checkpoint (.ckpt) or model folder")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    export.add_argument("--name", help="name of the model (default: that of the configuration)")
+    export.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="precision of the stored weights")
+    export.add_argument("--scores", type=Path, help="JSON of measured scores to put in the card")
+    export.add_argument("-f", "--force", action="store_true", help="replace an existing model folder")
+    export.set_defaults(run=run_export)
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    from tok1d.training.fit import fit
+
+    fit(args.arguments)
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from tok1d.training.export import export
+
+    export(args.source, args.out, name=args.name, dtype=args.dtype, scores=args.scores, overwrite=args.force)
+    return 0
