@@ -1,0 +1,165 @@
+"""TiTok encoder and grid decoder: the contracts, blocks against torch's own layers, sizes that are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.contract.parts import DecoderContract, EncoderContract
+from tests.contract.tokenizer import TokenizerContract
+from tok1d.errors import ModelError, TokenError
+from tok1d.tokenizers.blocks import Block, Transformer, patchify, unpatchify
+from tok1d.tokenizers.decoders.grid import GridDecoder
+from tok1d.tokenizers.encoders.titok import TiTokEncoder
+from tok1d.tokenizers.tokenizer import Tokenizer1D
+
+ENCODER = {"class": "tok1d.tokenizers.encoders.titok.TiTokEncoder", "tokens": 4, "dim": 6}
+DECODER = {"class": "tok1d.tokenizers.decoders.grid.GridDecoder", "tokens": 4, "dim": 6}
+TINY = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": [16, 24]}
+
+
+def tiny(quantizer: dict, lengths: dict, dim: int = 6, code_dim: int | None = None) -> dict:
+    """A tokenizer of 4 tokens for 16 × 24 pixels."""
+    return {
+        "_class_name": "Tokenizer1D",
+        "name": "tiny",
+        "image_size": [16, 24],
+        "encoder": {**ENCODER, **TINY, "dim": dim},
+        "quantizer": {"class": f"tok1d.tokenizers.quantizers.{quantizer.pop('class')}", **quantizer},
+        "decoder": {**DECODER, **TINY, "dim": code_dim or dim},
+        "lengths": {"class": f"tok1d.tokenizers.lengths.{lengths.pop('class')}", **lengths},
+    }
+
+
+class Spread(TokenizerContract):
+    """Weights large enough for latents to meet many codes and codes to change the picture."""
+
+    def make(self) -> Tokenizer1D:
+        tokenizer = super().make()
+        for weight in (tokenizer.encoder.proj.weight, tokenizer.encoder.patch_embed.weight):
+            weight.mul_(10)
+        for weight in (tokenizer.decoder.embed.weight, tokenizer.decoder.to_pixels.weight, tokenizer.decoder.smooth.weight):
+            weight.mul_(10)
+        if hasattr(tokenizer.quantizer, "codebook"):
+            tokenizer.quantizer.codebook.mul_(1 / tokenizer.quantizer.codebook.std())
+        return tokenizer
+
+
+class TestVQFixed(Spread):
+    config = tiny({"class": "vq.VQ", "vocab_size": 40, "dim": 6}, {"class": "FixedLength"})
+
+
+class TestCosineMovingAverageVQTailDrop(Spread):
+    config = tiny(
+        {"class": "vq.VQ", "vocab_size": 40, "dim": 6, "l2": True, "ema": True, "dead_code_threshold": 0.5},
+        {"class": "TailDrop", "distribution": "uniform"},
+    )
+
+
+class TestFSQPowersOfTwo(Spread):
+    config = tiny(
+        {"class": "fsq.FSQ", "levels": [5, 4, 3]}, {"class": "TailDrop", "distribution": "powers_of_two"}, dim=3
+    )
+
+
+class TestEncoder(EncoderContract):
+    config = {**ENCODER, **TINY}
+    image_size = (16, 24)
+
+
+class TestDecoder(DecoderContract):
+    config = {**DECODER, **TINY}
+    image_size = (16, 24)
+
+    def test_too_many_tokens(self):
+        with pytest.raises(TokenError, match="up to 4 tokens, got 5"):
+            GridDecoder(4, 6, width=32, depth=1, heads=1, image_size=16)(torch.zeros(1, 5, 6))
+
+
+def test_block_equals_torch_encoder_layer():
+    torch.manual_seed(0)
+    ours = Block(32, 4).eval()
+    theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True).eval()
+    names = {
+        "self_attn.in_proj_weight": "attn.qkv.weight",
+        "self_attn.in_proj_bias": "attn.qkv.bias",
+        "self_attn.out_proj": "attn.proj",
+        "linear1": "mlp.fc1",
+        "linear2": "mlp.fc2",
+    }
+    state = ours.state_dict()
+    renamed = {}
+    for key in theirs.state_dict():
+        mine = next((key.replace(a, b) for a, b in names.items() if key.startswith(a)), key)
+        renamed[key] = state[mine]
+    theirs.load_state_dict(renamed)
+    x, mask = torch.randn(2, 7, 32), torch.arange(7) < torch.tensor([[7], [4]])
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+    masked = ours(x, mask[:, None, None])
+    torch.testing.assert_close(masked[1, :4], theirs(x, src_key_padding_mask=~mask)[1, :4], atol=1e-5, rtol=1e-4)
+    for wanted in (slice(-3, None), slice(1, 5)):
+        torch.testing.assert_close(ours(x, mask[:, None, None], wanted), masked[:, wanted], atol=1e-6, rtol=1e-5)
+
+
+def test_transformer_returns_what_is_wanted():
+    torch.manual_seed(0)
+    transformer = Transformer(32, 3, 2).eval()
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(transformer(x, slice(-4, None)), transformer(x, slice(None))[:, -4:], atol=1e-6, rtol=1e-5)
+
+
+def test_patches():
+    x = torch.arange(2 * 3 * 8 * 12).float().view(2, 3, 8, 12)
+    patches = patchify(x, 4)
+    assert torch.equal(patches[1, 4].view(3, 4, 4), x[1, :, 4:, 4:8])
+    channels_last = patches.view(2, 6, 3, 16).transpose(2, 3).flatten(2)
+    assert torch.equal(unpatchify(channels_last, (2, 3), 4), x)
+
+
+def test_published_parameter_order_is_cls_patches_latents():
+    encoder = TiTokEncoder(4, 6, width=32, depth=1, heads=1, image_size=32)
+    assert encoder.positions.shape == (5, 32) and encoder.latents.shape == encoder.latent_positions.shape == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 250}, "not a multiple of patch_size 16"),
+        ({"image_size": [256]}, "int or \\[height, width\\]"),
+        ({"width": 100, "heads": 3}, "cannot be split into 3 heads"),
+        ({"width": 32}, "into 0 heads"),
+        ({"depth": 10**9}, "depth must be an integer in 1..256"),
+        ({"tokens": 10**12}, "tokens must be an integer"),
+        ({"width": 10**9}, "width must be an integer"),
+    ],
+)
+def test_sizes_that_are_refused(arguments, message):
+    for part in (TiTokEncoder, GridDecoder):
+        with pytest.raises(ModelError, match=message):
+            part(**{"tokens": 4, "dim": 6, "width": 64, "depth": 1, **arguments})
+
+
+def test_parts_must_fit_each_other():
+    vq = {"class": "vq.VQ", "vocab_size": 8, "dim": 6}
+    with pytest.raises(ModelError, match="latents of width 5, the quantizer takes 6"):
+        Tokenizer1D.from_config(tiny({**vq}, {"class": "FixedLength"}, dim=5, code_dim=6))
+    with pytest.raises(ModelError, match="codes of width 6, the decoder takes 5"):
+        Tokenizer1D.from_config(tiny({**vq}, {"class": "FixedLength"}, dim=6, code_dim=5))
+
+
+def test_continuous_tokenizer():
+    config = tiny({"class": "kl.KL", "dim": 12}, {"class": "FixedLength"}, dim=12, code_dim=6)
+    tokenizer = Tokenizer1D.from_config(config).eval()
+    images = torch.rand(2, 3, 16, 24)
+    with pytest.raises(TokenError, match="continuous"):
+        tokenizer.encode(images)
+    out = tokenizer(images)
+    assert out.ids is None and out.reconstruction.shape == images.shape
+    codes = tokenizer.quantizer(tokenizer.encode_latents(images)).q
+    torch.testing.assert_close(tokenizer.decode_latents(codes), out.reconstruction)
+
+
+def test_compiles_without_graph_breaks():
+    encoder, decoder = TiTokEncoder(4, 6, width=32, depth=1, heads=1, image_size=32), GridDecoder(4, 6, 32, 1, 1, 16, 32)
+    step = torch.compile(lambda x, m: decoder(encoder(x), m), fullgraph=True, backend="eager")
+    images, mask = torch.rand(2, 3, 32, 32), torch.arange(4) < torch.tensor([[4], [2]])
+    torch.testing.assert_close(step(images, mask), decoder(encoder(images), mask))
