@@ -130,6 +130,7 @@ def test_published_parameter_order_is_cls_patches_latents():
         ({"depth": 10**9}, "depth must be an integer in 1..256"),
         ({"tokens": 10**12}, "tokens must be an integer"),
         ({"width": 10**9}, "width must be an integer"),
+        ({"image_size": 65535, "patch_size": 1}, "patches of image_size"),
     ],
 )
 def test_sizes_that_are_refused(arguments, message):

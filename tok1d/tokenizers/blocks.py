@@ -145,7 +145,7 @@ def patch_grid(image_size: int | Sequence[int], patch: int) -> tuple[int, int]:
     """Rows and columns of patches of an image size, an int for square or (height, width).
 
     Raises:
-        ModelError: the size is not a multiple of the patch.
+        ModelError: the size is not a multiple of the patch, or makes more than 65,536 patches.
 
     Example:
         >>> patch_grid(256, 16), patch_grid([128, 256], 16)
@@ -154,9 +154,12 @@ def patch_grid(image_size: int | Sequence[int], patch: int) -> tuple[int, int]:
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or not all(isinstance(s, int) and 0 < s <= 65535 for s in size):
         raise ModelError(f"image_size must be an int or [height, width] in pixels, got {image_size!r:.100}")
-    if patch < 1 or size[0] % patch or size[1] % patch:
+    check_range("patch_size", patch, 1, 1024)
+    if size[0] % patch or size[1] % patch:
         raise ModelError(f"image_size {list(size)} is not a multiple of patch_size {patch}; choose sizes that are")
-    return size[0] // patch, size[1] // patch
+    rows, cols = size[0] // patch, size[1] // patch
+    check_range(f"patches of image_size {list(size)} with patch_size {patch}", rows * cols, 1, 65536)
+    return rows, cols
 
 
 def check_range(name: str, value: int, low: int, high: int) -> None:

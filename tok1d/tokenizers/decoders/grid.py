@@ -49,8 +49,8 @@ class GridDecoder(Decoder):
         self.tokens, self.dim, self.patch_size = tokens, dim, patch_size
         self.grid = patch_grid(image_size, patch_size)
         patches = self.grid[0] * self.grid[1]
-        self.embed = nn.Linear(dim, width)
         self.transformer = Transformer(width, depth, heads, mlp_ratio)
+        self.embed = nn.Linear(dim, width)
         self.to_pixels = nn.Linear(width, 3 * patch_size * patch_size)
         self.smooth = nn.Conv2d(3, 3, 3, padding=1)
         self.apply(init_weights)
