@@ -80,7 +80,7 @@ class QuantizerContract:
         assert not any(v.requires_grad for v in out.stats.values())
         if quantizer.vocab_size:
             assert out.ids.dtype == torch.int64 and out.ids.shape == z.shape[:2]
-            assert 0 <= out.ids.min() and out.ids.max() < quantizer.vocab_size
+            assert out.ids.min() >= 0 and out.ids.max() < quantizer.vocab_size
             assert len(out.ids.unique()) > 2, "the dummy latents should meet several codes: set scale"
 
     def test_ids_and_codes_are_inverse(self):

@@ -54,11 +54,11 @@ class TokenizerContract:
         assert seq.vocab_size == tokenizer.vocab_size and seq.model_id == tokenizer.model_id
         assert seq.bits_per_image == [tokenizer.max_tokens * tokenizer.bits_per_token] * 2
         if seq.ids is not None:
-            assert seq.ids.dtype == torch.int64 and 0 <= seq.ids.min() and seq.ids.max() < tokenizer.vocab_size
+            assert seq.ids.dtype == torch.int64 and seq.ids.min() >= 0 and seq.ids.max() < tokenizer.vocab_size
             assert len(seq.ids.unique()) > 2, "the tiny model should use several codes: override make()"
         pictures = tokenizer.decode(seq)
         assert pictures.shape == images.shape and pictures.dtype == torch.float32
-        assert 0 <= pictures.min() and pictures.max() <= 1
+        assert pictures.min() >= 0 and pictures.max() <= 1
 
     def test_determinism(self, tokenizer):
         images = self.images(tokenizer)
@@ -214,6 +214,6 @@ class TokenizerContract:
         tokenizer.to(torch.bfloat16)
         seq = tokenizer.encode(self.images(tokenizer))
         if seq.ids is not None:
-            assert 0 <= seq.ids.min() and seq.ids.max() < tokenizer.vocab_size
+            assert seq.ids.min() >= 0 and seq.ids.max() < tokenizer.vocab_size
         pictures = tokenizer.decode(seq)
         assert pictures.dtype == torch.float32 and pictures.isfinite().all() and pictures.shape == exact.shape

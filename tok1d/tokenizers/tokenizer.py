@@ -193,10 +193,11 @@ class Tokenizer1D(nn.Module):
         Raises:
             TokenError: ids outside the vocabulary, too many tokens, or tokens of another model.
         """
-        from tok1d.image_io import unfit
+        from tok1d.image_io import check_restorable, unfit
 
         seq = tokens if isinstance(tokens, TokenSequence) else TokenSequence(tokens, vocab_size=self.vocab_size)
         self._check_sequence(seq)
+        check_restorable(seq.geometry or (), self.image_size)
         seq = seq.to(self.device)
         lengths = seq.lengths
         assert lengths is not None

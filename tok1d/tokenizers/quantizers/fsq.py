@@ -27,7 +27,7 @@ class FSQ(Quantizer):
     """Finite scalar quantization.
 
     Args:
-        levels: number of levels of each channel; their product, the vocabulary, is at most 2^62.
+        levels: number of levels of each channel, 2 only if ``symmetric``; their product, the vocabulary, is at most 2^62.
         symmetric: levels at ``2 i / (L - 1) - 1`` instead of ``(i - L // 2) / (L // 2)``.
 
     Example:
@@ -42,6 +42,8 @@ class FSQ(Quantizer):
             check_range("every entry of levels", count, 2, 2**16)
         if not levels or math.prod(levels) > 2**62:
             raise ModelError(f"levels need 1 or more entries with a product of at most 2^62, got {levels!r:.200}")
+        if 2 in levels and not symmetric:
+            raise ModelError("two levels need symmetric=True: the default bound would part them at -3.8 instead of 0")
         self.levels, self.symmetric = tuple(levels), symmetric
         self.dim, self.vocab_size = len(levels), math.prod(levels)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]

@@ -160,7 +160,7 @@ class VQ(Quantizer):
         fresh = torch.zeros(len(dead), self.dim, device=live.device)
         if rank in givers:  # ranks take turns: each fills its rows, the sum over ranks is everybody's
             turn = fresh[givers.index(rank) :: len(givers)]
-            rng = torch.Generator().manual_seed((self.seed << 40) + int(self.steps) * ranks + rank)
+            rng = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.steps) * ranks + rank)
             turn.copy_(live[torch.randperm(len(live), generator=rng)[: len(turn)].to(live.device)])
         self.codebook[dead] = sum_over_ranks(fresh).to(self.codebook.dtype)
         self.ema_count[dead] = mean
