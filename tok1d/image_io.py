@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from tok1d.errors import ImageError
-from tok1d.sizes import MAX_PIXELS, fit, unfit
+from tok1d.sizes import MAX_PIXELS, check_restorable, fit, unfit
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = ["fit", "read", "read_uint8", "to_bytes", "unfit", "write"]
+__all__ = ["check_restorable", "fit", "read", "read_uint8", "to_bytes", "unfit", "write"]
 
 LOSSY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}, "AVIF": {"quality": 90}}
 STILL_FORMATS = ("MPO",)  # photos of phones with previews or depth maps attached: the first frame is the photo

@@ -86,6 +86,7 @@ def unfit(images: Tensor, geometry: Sequence[Geometry]) -> Tensor | list[Tensor]
     """
     if sum(g.tiles for g in geometry) != len(images):
         raise ImageError(f"{len(images)} rows cannot be shared among {len(geometry)} images of {sum(g.tiles for g in geometry)} tiles")
+    check_restorable(geometry, (images.shape[-2], images.shape[-1]))
     if geometry and len(set(geometry)) == 1 and geometry[0].policy != "tile":
         return _restore(images, geometry[0])
     restored, start = [], 0
@@ -95,11 +96,23 @@ def unfit(images: Tensor, geometry: Sequence[Geometry]) -> Tensor | list[Tensor]
     return torch.stack(restored) if len({r.shape for r in restored}) == 1 else restored
 
 
+def check_restorable(geometry: Sequence[Geometry], size: tuple[int, int]) -> None:
+    """Refuse, before anything is decoded, a geometry no honest file of a model of this size has.
+
+    Raises:
+        ImageError: unknown policy, wrong number of tiles, no pixels, or more than MAX_PIXELS.
+    """
+    for g in set(geometry):
+        if not (min(g.height, g.width) > 0 and g.height * g.width <= MAX_PIXELS):
+            raise ImageError(f"an original size of {g.height}×{g.width} pixels is not plausible (at most {MAX_PIXELS:,}); the file may be forged")
+        tiles = (-(-g.height // size[0]), -(-g.width // size[1])) if g.policy == "tile" else (1, 1)
+        if g.policy not in POLICIES or (g.rows, g.cols) != tiles:
+            raise ImageError(f"{g} does not describe images of {size[0]}×{size[1]}; the tokens belong to another model or the file is damaged")
+
+
 def _restore(images: Tensor, g: Geometry) -> Tensor:
     """(B, 3, h, w) of one geometry → (B, 3, H, W), or the tiles of one image → (1, 3, H, W)."""
     h, w = images.shape[-2:]
-    if not (min(g.height, g.width) > 0 and g.height * g.width <= MAX_PIXELS):
-        raise ImageError(f"an original size of {g.height}×{g.width} pixels is not plausible (at most {MAX_PIXELS:,}); the file may be forged")
     if g.policy == "none":
         return images
     if g.policy == "resize":
@@ -109,8 +122,6 @@ def _restore(images: Tensor, g: Geometry) -> Tensor:
     if g.policy == "pad":
         top, left, ih, iw = _pad_box(g.height, g.width, (h, w))
         return _resize(images[..., top : top + ih, left : left + iw], (g.height, g.width))
-    if g.policy != "tile" or (g.rows, g.cols) != (-(-g.height // h), -(-g.width // w)):
-        raise ImageError(f"{g} does not describe images of {h}×{w}; the tokens belong to another model or the file is damaged")
     grid = images.reshape(g.rows, g.cols, 3, h, w).permute(2, 0, 3, 1, 4).reshape(1, 3, g.rows * h, g.cols * w)
     return grid[..., : g.height, : g.width]
 

@@ -1,0 +1,143 @@
+"""Loading by name, folder and hub id; everything that can be wrong with it in one helpful line."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import tok1d
+from tests.dct_model import picture, save_model
+from tok1d import hub
+from tok1d.errors import ModelError
+from tok1d.presets import PRESETS, Preset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("hub") / "model")
+
+
+def test_load_from_a_folder(folder):
+    for given in (folder, str(folder), str(folder) + os.sep):
+        model = tok1d.load(given)
+        assert not model.training and model.name == "dct" and model.device.type == "cpu"
+    seq = model.encode(picture())
+    assert torch.equal(model.encode(picture()).ids, tok1d.load(folder).encode(picture()).ids)
+    assert model.decode(seq).shape == (1, 3, 16, 16)
+
+
+def test_dtype_leaves_the_quantizer_alone(folder):
+    model = tok1d.load(folder, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.model_id == tok1d.load(folder).model_id
+    assert all(p.dtype == torch.float32 for p in model.quantizer.parameters())
+    assert model.decode(model.encode(picture())).dtype == torch.float32
+
+
+def test_shipped_models_are_found_inside_the_package(folder, monkeypatch):
+    monkeypatch.setattr(hub, "_shipped", lambda name: folder)
+    assert tok1d.load("default").name == "dct"
+
+
+def test_unknown_names_get_a_guess():
+    with pytest.raises(ModelError, match=r"did you mean 'default'.*tok models"):
+        tok1d.load("defualt")
+    with pytest.raises(ModelError, match=r"no model or folder 'zzz'.*owner/name"):
+        tok1d.load("zzz")
+
+
+def test_incomplete_folders_are_named(tmp_path):
+    with pytest.raises(ModelError, match=r"config\.json and .*safetensors missing"):
+        tok1d.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="is a pickle and is never opened"):
+        tok1d.load(tmp_path)
+
+
+def test_damaged_folders_are_refused(folder, tmp_path):
+    for name, content in (("config.json", b"{"), ("diffusion_pytorch_model.safetensors", b"\x08" + bytes(20))):
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            tok1d.load(tmp_path)
+
+
+def test_hub_ids_are_downloaded_as_safetensors_only(folder, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
+        return str(folder)
+
+    fake = types.ModuleType("huggingface_hub")
+    fake.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    assert tok1d.load("owner/some-model", revision="v1").name == "dct"
+    assert asked["repo_id"] == "owner/some-model" and asked["revision"] == "v1"
+    assert set(asked["patterns"]) == {"config.json", "diffusion_pytorch_model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("RepositoryNotFoundError", "no such repository"),
+        ("RevisionNotFoundError", "no revision 'v9'"),
+        ("ConnectError", r"the hub cannot be reached \(it is dark\)"),
+    ],
+)
+def test_hub_trouble_is_one_line(monkeypatch, error, message):
+    def snapshot_download(*args, **kwargs):
+        raise type(error, (Exception,), {})("it is dark\nand a long story follows")
+
+    fake = types.ModuleType("huggingface_hub")
+    fake.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    with pytest.raises(ModelError, match=message) as caught:
+        tok1d.load("owner/name", revision="v9")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_real_client_offline_fails_at_once_and_helps(tmp_path):
+    code = "from tok1d import hub\ntry: hub.resolve('owner/name')\nexcept hub.ModelError as e: print(e)"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert "owner/name: not a local folder and the hub cannot be reached" in done.stdout, done.stderr
+    assert "tok models" in done.stdout and done.stdout.count("\n") == 1
+
+
+def test_resolving_names_imports_neither_torch_nor_the_hub_client(folder):
+    code = (
+        "import sys\nfrom tok1d import hub\n"
+        f"hub.resolve({str(folder)!r}); hub.list_models()\n"
+        "print(sorted(m for m in ('torch', 'huggingface_hub', 'PIL', 'numpy') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_list_models_filters():
+    assert tok1d.list_models() == list(PRESETS)
+    assert [p.name for p in tok1d.list_models("nested")] == [p.name for p in PRESETS if p.nested]
+    assert [p.name for p in tok1d.list_models("fixed")] == [p.name for p in PRESETS if not p.nested]
+    assert "default" in [p.name for p in tok1d.list_models("photo")]
+    assert tok1d.list_models("no such word") == []
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p.where == "package"], ids=lambda p: p.name)
+def test_the_table_agrees_with_the_shipped_files(preset: Preset):
+    from tok1d.cli.models import describe
+
+    found = describe(hub.resolve(preset.name))
+    config = found["config"]
+    assert config["_class_name"] == "Tokenizer1D" and tuple(config["image_size"]) == preset.image_size
+    assert config["encoder"]["tokens"] == preset.tokens
+    model = tok1d.load(preset.name)
+    assert (model.max_tokens, model.bits_per_token, model.is_nested) == (preset.tokens, preset.bits_per_token, preset.nested)
+    assert found["parameters"] == preset.parameters
+    assert preset.bits_per_token <= 16 and found["weight_bytes"] <= 40_000_000
+    json.dumps(config)
