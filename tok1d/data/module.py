@@ -44,6 +44,16 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             step += 1
 
 
+def spread(items: list, count: int) -> list:
+    """``count`` evenly spaced items (all of them for 0 or more than there are).
+
+    Example:
+        >>> spread([0, 1, 2, 3, 4, 5], 3)
+        [0, 2, 4]
+    """
+    return items if not 0 < count < len(items) else [items[i * len(items) // count] for i in range(count)]
+
+
 class PhotoData(lightning.LightningDataModule):
     """Photos for training and validation.
 
@@ -54,7 +64,7 @@ class PhotoData(lightning.LightningDataModule):
         area: share of the largest square that a training crop holds.
         batch_size: on each rank.
         val_batch_size: on each rank.
-        val_images: validate on the first so many (0 = all).
+        val_images: validate on so many, evenly spaced (0 = all).
         workers: loader processes.
         cache: keep decoded training photos in memory (use with ``workers: 0``).
         seed: of order and crops.
@@ -74,32 +84,34 @@ class PhotoData(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.train, self.val = list(train), list(val or [])
+        self.size, self.area, self.seed, self.cache = size, (area[0], area[1]), seed, cache
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.val_images, self.workers = val_images, workers
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
 
     def setup(self, stage: str) -> None:
-        p = self.hparams
         if self.train_set is None and stage == "fit":
-            self.train_set = Photos(index_images(p.train), p.size, tuple(p.area), p.seed, p.cache)
-        if self.val_set is None and p.val:
-            samples = index_images(p.val)
-            self.val_set = Photos(samples[: p.val_images or None], p.size)
+            self.train_set = Photos(index_images(self.train), self.size, self.area, self.seed, self.cache)
+        if self.val_set is None and self.val:
+            self.val_set = Photos(spread(index_images(self.val), self.val_images), self.size)
 
     def train_dataloader(self) -> DataLoader:
         assert self.train_set is not None and self.trainer is not None
-        p, trainer = self.hparams, self.trainer
+        trainer = self.trainer
         # batches, not optimizer steps: with gradient accumulation the trainer counts the latter
         start = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        sampler = StepSampler(len(self.train_set), p.batch_size, p.seed, start, trainer.global_rank, trainer.world_size)
-        return DataLoader(self.train_set, batch_sampler=sampler, num_workers=p.workers, persistent_workers=p.workers > 0)
+        share = (trainer.global_rank, trainer.world_size)
+        sampler = StepSampler(len(self.train_set), self.batch_size, self.seed, start, *share)
+        workers = self.workers
+        return DataLoader(self.train_set, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_set is None:
             return []
-        p, trainer = self.hparams, self.trainer
-        share = Subset(self.val_set, range(trainer.global_rank, len(self.val_set), trainer.world_size))
-        return DataLoader(share, batch_size=p.val_batch_size, num_workers=0)
+        share = range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size)
+        return DataLoader(Subset(self.val_set, share), batch_size=self.val_batch_size, num_workers=0)
 
 
 class DrawnImages(Dataset):
@@ -133,7 +145,9 @@ class DrawnImages(Dataset):
 class DrawnData(PhotoData):
     """:class:`PhotoData` over :class:`DrawnImages`: trains anywhere, for tests and debug configurations."""
 
-    def __init__(self, images: int = 256, val_images: int = 16, size: int = 32, batch_size: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, images: int = 256, val_images: int = 16, size: int = 32, batch_size: int = 8, seed: int = 0
+    ) -> None:
         super().__init__(train=[], size=size, batch_size=batch_size, val_images=val_images, workers=0, seed=seed)
         self.train_set = DrawnImages(images, size, seed)
         self.val_set = DrawnImages(val_images, size, seed + 1)

@@ -62,7 +62,9 @@ class ReconstructionGrid(lightning.Callback):
         for k in counts:
             rows.append(tokenizer(images, torch.full((len(images),), k)).reconstruction.clamp(0, 1))
         grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1).cpu()
-        write(Path(trainer.log_dir) / "grids" / f"step-{trainer.global_step:07d}.png", grid)
+        folder = Path(trainer.log_dir) / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / f"step-{trainer.global_step:07d}.png", grid)
         for logger in trainer.loggers:
             if isinstance(logger, lightning.pytorch.loggers.TensorBoardLogger):
                 logger.experiment.add_image("reconstructions", grid, trainer.global_step)

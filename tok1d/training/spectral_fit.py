@@ -90,30 +90,30 @@ def fit_spectral(
     left, where = _collect(encoder, batches, pool)
 
     supports, scales, books, errors = [], [], [], []
-    total = left.square().sum(1).mean()
+    energy = torch.stack([row.square().mean() for row in left])
+    total = energy.sum()
     for t in range(tokens):
-        energy = left.square().mean(0)
         take = energy.topk(dim).indices
-        rows = torch.randperm(len(left), generator=generator)[:learn_on]
+        now = left[take].T  # (2M, D)
+        rows = torch.randperm(len(now), generator=generator)[:learn_on]
         if t < own_books:
             scale = torch.ones(dim)
-            book = kmeans(left[rows[:, None], take], quantizer.vocab_size, steps, generator)
-            books.append(book)
+            books.append(kmeans(now[rows], quantizer.vocab_size, steps, generator))
         else:
             scale = energy[take].sqrt()
             if (t - own_books) % refresh == 0:
                 ahead = energy.argsort(descending=True)[: dim * 8].view(8, dim)
                 some = rows[: learn_on // 4]
-                whitened = torch.cat([left[some[:, None], a] / energy[a].sqrt() for a in ahead])
-                book = kmeans(whitened, quantizer.vocab_size, steps, generator)
-                books.append(book)
-        codes = book * scale
-        left[:, take] -= codes[nearest(left[:, take], codes)]
+                whitened = torch.cat([left[a][:, some].T / energy[a].sqrt() for a in ahead])
+                books.append(kmeans(whitened, quantizer.vocab_size, steps, generator))
+        codes = books[-1] * scale
+        now = now - codes[nearest(now, codes)]
+        left[take], energy[take] = now.T.contiguous(), now.square().mean(0)
         supports.append(where[take]), scales.append(scale)
         quantizer.book[t] = len(books) - 1
-        errors.append(left.square().sum(1).mean().item() / 3)
+        errors.append(energy.sum().item() / 3)
         if (t + 1) & t == 0:
-            log.info("token %d: %.1f%% of the coded energy left", t + 1, 300 * errors[-1] / total)
+            log.info("token %d: %.1f%% of the coded energy left", t + 1, 100 * energy.sum() / total)
     support = torch.stack(supports)
     for part in (encoder, quantizer, decoder):
         part.support.copy_(support)
@@ -126,7 +126,7 @@ def fit_spectral(
 
 
 def _collect(encoder: SpectralEncoder, batches: Iterable[Tensor], pool: int) -> tuple[Tensor, Tensor]:
-    """Set colour axes and mean of the encoder; return centred coefficients (2M, P) and their positions (P,)."""
+    """Set colour axes and mean of the encoder; return centred coefficients (P, 2M) and their positions (P,)."""
     mirror = torch.ones(3, encoder.grid, encoder.grid)
     mirror[:, :, 1::2] = -1  # a mirrored image flips the sign of odd horizontal frequencies
     mirror = mirror.flatten()
@@ -146,5 +146,11 @@ def _collect(encoder: SpectralEncoder, batches: Iterable[Tensor], pool: int) -> 
     mean[mirror < 0] = 0  # of images and their mirrors together
     encoder.mean.copy_(mean)
     where = (square / count - mean.square()).topk(min(pool, len(mirror))).indices
-    left = torch.cat([s[:, where].float() - mean[where] for s in spectra])
-    return torch.cat([left, left * mirror[where] - (mean - mean * mirror)[where]]), where
+    left = torch.empty(len(where), 2 * count)
+    start = 0
+    for s in spectra:
+        rows = s[:, where].float()
+        left[:, start : start + len(s)] = (rows - mean[where]).T
+        left[:, count + start : count + start + len(s)] = (rows * mirror[where] - mean[where]).T
+        start += len(s)
+    return left, where
