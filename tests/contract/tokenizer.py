@@ -84,7 +84,7 @@ class TokenizerContract:
             torch.testing.assert_close(tokenizer.decode(alone)[0], tokenizer.decode(seq)[i], atol=1e-5, rtol=1e-4)
 
     def test_decode_checks_its_input(self, tokenizer):
-        with pytest.raises(TokenError, match="vocabulary|ids must be"):
+        with pytest.raises(TokenError, match=r"vocabulary|ids must be"):
             tokenizer.decode(torch.full((1, tokenizer.max_tokens), tokenizer.vocab_size))
         with pytest.raises(TokenError):
             tokenizer.decode(torch.zeros(1, tokenizer.max_tokens + 1, dtype=torch.int64))

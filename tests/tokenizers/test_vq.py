@@ -105,13 +105,19 @@ def test_vector_quantize_pytorch(l2):
 
 
 @pytest.mark.parametrize("l2", [False, True])
-def test_nearest_code_in_chunks(l2, monkeypatch):
+@pytest.mark.parametrize("codes", [50, 37, 256])
+def test_nearest_code_in_chunks(l2, codes, monkeypatch):
     torch.manual_seed(0)
-    vq, z = filled(torch.randn(50, 3), l2=l2), torch.randn(4, 33, 3)
+    vq, z = filled(torch.randn(codes, 3), l2=l2), torch.randn(4, 33, 3)
     distance = torch.cdist(F.normalize(z, dim=-1), F.normalize(vq.codebook, dim=-1)) if l2 else torch.cdist(z, vq.codebook)
-    for pairs in (2**22, 50 * 7, 1):  # all at once, 7 tokens at a time, one
+    for pairs in (2**22, codes * 7, 1):  # all at once, 7 tokens at a time, one
         monkeypatch.setattr(vq_module, "PAIRS_CPU", pairs)
         assert torch.equal(vq.codes_to_ids(z), distance.argmin(-1))
+
+
+def test_of_equal_codes_the_first_is_named():
+    vq = filled(torch.ones(300, 2))
+    assert (vq.codes_to_ids(torch.randn(1, 5, 2)) == 0).all()
 
 
 def test_usage_and_perplexity():

@@ -8,6 +8,7 @@ Shapes: B images, N tokens, D width, K codes, M = B · N.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -119,11 +120,11 @@ class VQ(Quantizer):
             rows, book = codes.float().flatten(0, -2), self.codebook.float()
             if self.l2:
                 rows, book = F.normalize(rows, dim=-1), F.normalize(book, dim=-1)
-            norms = book.square().sum(-1)
+            # |z - e|² without |z|², the same for every code, as one product: (z, 1) · (-2 e, |e|²)
+            book = torch.cat([-2 * book, book.square().sum(-1, keepdim=True)], -1).T
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], -1)
             pairs = PAIRS_CPU if rows.device.type == "cpu" else PAIRS_GPU
-            chunks = rows.split(max(1, pairs // self.vocab_size))
-            # |z - e|² without |z|², the same for every code
-            ids = [torch.addmm(norms, part, book.T, alpha=-2).argmin(-1) for part in chunks]
+            ids = [_first_minimum(part @ book) for part in rows.split(max(1, pairs // self.vocab_size))]
         return torch.cat(ids).view(codes.shape[:-1])
 
     # learning of the codebook outside the gradient -----------------------------------------------------------------
@@ -176,3 +177,12 @@ class VQ(Quantizer):
                 if name in self._buffers:
                     state_dict.setdefault(prefix + name, fresh[name].to(codebook.device, copy=True))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _first_minimum(x: Tensor) -> Tensor:
+    """Float (m, K) → int64 (m,), ``x.argmin(-1)``, found through minima of groups: they vectorise, argmin does not."""
+    m, k = x.shape
+    group = math.gcd(k, 128)
+    x = x.view(m, k // group, group)
+    best = x.amin(-1).argmin(-1)
+    return best * group + x[torch.arange(m, device=x.device), best].argmin(-1)
