@@ -30,8 +30,8 @@ class Result:
 class Pipe(io.TextIOWrapper):
     """A standard stream over bytes."""
 
-    def __init__(self, data: bytes = b"") -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8", write_through=True)
+    def __init__(self, data: bytes = b"", errors: str = "strict") -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8", errors=errors, write_through=True)
 
     def bytes(self) -> bytes:
         return self.buffer.getvalue()
@@ -55,7 +55,7 @@ def tok(monkeypatch, model):
     monkeypatch.setattr(hub, "_shipped", lambda name: model)
 
     def run(*args: object, stdin: bytes = b"") -> Result:
-        out, err = Pipe(), Pipe()
+        out, err = Pipe(), Pipe(errors="backslashreplace")  # as Python sets them up
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", Pipe(stdin))
             patch.setattr(sys, "stdout", out)

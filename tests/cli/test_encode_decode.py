@@ -229,6 +229,15 @@ def test_max_bytes_bounds_every_record(tok, photos, tmp_path):
     assert done.code == 1 and "4 of 4 inputs failed" in done.err and "takes at least 37 bytes" in done.err
 
 
+def test_target_lpips(tok, photos, tmp_path, monkeypatch):
+    from tok1d.tokenizers import budget
+
+    monkeypatch.setattr(budget, "lpips_on", lambda device: lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    done = tok("encode", photos, "-o", tmp_path / "t", "--target-lpips", 0.05, "--target-psnr", 5, "--json")
+    assert done.code == 0 and all(r["reached"] == (r["lpips"] <= 0.05) and r["psnr"] > 5 for r in done.rows)
+    assert any(r["reached"] for r in done.rows) and len({r["tokens"] for r in done.rows}) > 1
+
+
 def test_a_budget_needs_a_nested_model(tok, photo, fixed_model):
     done = tok("encode", photo, "--target-psnr", 20, "--model", fixed_model)
     assert done.code == 1 and "makes exactly 32 tokens" in done.err and "--filter nested" in done.err

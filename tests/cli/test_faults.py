@@ -249,6 +249,22 @@ def test_a_bug_of_ours_is_one_line_too(tok, photo, monkeypatch):
     assert done.code == 1 and "internal error, ZeroDivisionError" in done.err and done.err.count("\n") == 1
 
 
+def test_file_names_of_any_bytes(tok, photos, tmp_path):
+    odd = os.fsdecode(b"na\xff\xefve.png")
+    try:
+        (photos / odd).write_bytes((photos / "a.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    done = tok("encode", photos, "-o", tmp_path / "t")
+    assert done.code == 0 and "na\\udcff" in done.out
+    done = tok("encode", photos, "-o", tmp_path / "all.tok", "--json")
+    assert done.code == 0 and str(photos / odd) in [r["input"] for r in done.rows]
+    assert tok("decode", tmp_path / "all.tok", "-o", tmp_path / "p").code == 0
+    assert (tmp_path / "p/all" / odd).is_file()
+    done = tok("encode", tmp_path / odd)
+    assert done.code == 1 and "no such file" in done.err
+
+
 # signals and pipes -----------------------------------------------------------------------------------------------------
 
 
@@ -286,8 +302,11 @@ def test_a_real_broken_pipe_and_a_real_interrupt(tmp_path):
     done = subprocess.run([*command, "--json", tmp_path], stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(theirs)
     assert done.returncode == 141 and done.stderr == ""
-    child = subprocess.Popen([*command, "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(1.0)
+    code = "import sys\nfrom tok1d.cli.main import main\nprint('ready', flush=True)\nsys.exit(main(['info', '-']))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", code], **pipes, text=True)
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.2)
     os.kill(child.pid, signal.SIGINT)
     _, err = child.communicate(timeout=20)
     assert child.returncode == 130 and err == "tok: interrupted\n"

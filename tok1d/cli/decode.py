@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tok1d.cli import options
 from tok1d.cli.paths import TOKEN_FORMATS, Item, check_targets, expand, is_folder, plan, safe_name
-from tok1d.cli.runtime import PER_INPUT, Report, load_model, ordered, report_for, say, together_or_alone
+from tok1d.cli.runtime import PER_INPUT, Report, count, load_model, ordered, report_for, say, together_or_alone
 from tok1d.errors import UsageError
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _decode_all(model: Tokenizer1D, pieces: list[Piece], source: Source, args: N
         if isinstance(row, BaseException):
             report.fail(piece.label, row)
         else:
-            report.ok(row, f"{piece.label} → {row['output']}: {row['height']}×{row['width']} from {row['tokens']} tokens")
+            report.ok(row, f"{piece.label} → {row['output']}: {row['height']}×{row['width']} from {count(row['tokens'], 'token')}")
     if len(pieces) > 1 and not args.quiet:
         report.progress.clear()
         seconds = time.monotonic() - start

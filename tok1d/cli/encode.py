@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tok1d.cli import options
 from tok1d.cli.paths import IMAGE_SUFFIXES, TOKEN_FORMATS, Item, Job, check_targets, expand, is_folder, plan
-from tok1d.cli.runtime import PER_INPUT, load_model, ordered, report_for, say, together_or_alone
+from tok1d.cli.runtime import PER_INPUT, count, load_model, ordered, report_for, say, together_or_alone
 from tok1d.cli.sinks import Separate, Sink, Whole
 from tok1d.errors import UsageError
 
@@ -254,4 +254,4 @@ def _text(row: dict[str, Any]) -> str:
     tiles = f" × {row['tiles']} tiles" if row["tiles"] > 1 else ""
     size = f", {row['bytes']} bytes" if row["bytes"] is not None else ""
     quality = "".join(f", {name.upper()} {row[name]:.{digits}f}" for name, digits in (("psnr", 2), ("lpips", 3)) if row.get(name) is not None)
-    return f"{row['input']} → {row['output']}: {row['tokens']} tokens{tiles}, {row['bits']} bits{size}{quality}"
+    return f"{row['input']} → {row['output']}: {count(row['tokens'], 'token')}{tiles}, {row['bits']} bits{size}{quality}"

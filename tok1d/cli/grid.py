@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +47,11 @@ def draw(rows: list[list[Cell]]) -> Tensor:
 
     base = max(13, round(max(c.picture.height for row in rows for c in row) / 17))
     title, plain = ImageFont.load_default(base + 1), ImageFont.load_default(base - 1)
-    fonts = lambda line: title if line == 0 else plain  # noqa: E731
+    rows = [[Cell(cell.picture, [_drawable(text) for text in cell.lines]) for cell in row] for row in rows]
+
+    def fonts(line: int) -> Any:
+        return title if line == 0 else plain
+
     step = round(1.35 * base)
     columns = max(len(row) for row in rows)
     widths = [0] * columns
@@ -70,3 +74,8 @@ def draw(rows: list[list[Cell]]) -> Tensor:
             x += wide + GAP
         y += tall + caption + GAP
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def _drawable(text: str) -> str:
+    """The built-in font has Latin letters but neither × nor …"""
+    return text.replace("×", "x").replace("…", "...")

@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb that needs it runs.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -70,17 +71,20 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names of any bytes, terminals of any encoding
+    args = Namespace(debug=False, verb="")
     try:
         args = parse(argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
-    try:
         with warnings.catch_warnings():
-            # Pillow warns of large images and odd EXIF blocks that do not keep us from reading; what we cannot read is an error.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
+            # Pillow warns of large images and odd EXIF blocks that do not keep us from reading (what does is an error),
+            # torchvision of how lpips calls it: nothing the person at the terminal could act on.
+            warnings.filterwarnings("ignore", module=r"(PIL|torchvision)\.")
             code = int(args.run(args))
         sys.stdout.flush()
         return code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("tok: interrupted", file=sys.stderr)
         return 130

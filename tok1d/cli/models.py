@@ -50,7 +50,7 @@ def run_show(args: Namespace) -> int:
     info = describe(folder)
     card = folder / "README.md"
     if args.json:
-        print(json.dumps({"name": args.model, **info, "card": card.read_text("utf-8") if card.is_file() else None}, ensure_ascii=False))
+        print(json.dumps({"name": args.model, **info, "card": card.read_text("utf-8") if card.is_file() else None}))
         return 0
     if card.is_file():
         print(card.read_text("utf-8").rstrip() + "\n")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tok1d.cli import options
 from tok1d.cli.paths import IMAGE_SUFFIXES, Item, check_targets, expand
-from tok1d.cli.runtime import PER_INPUT, load_model, report_for, say
+from tok1d.cli.runtime import PER_INPUT, count, load_model, report_for, say
 from tok1d.errors import MissingExtraError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(args: Namespace) -> int:
             continue
         rows.append(cells)
         for found in measured:
-            text = f"{item.label}: {found['tokens']} tokens, {found['bits']} bits, PSNR {_number(found['psnr'], 2)} dB, LPIPS {_number(found['lpips'], 3)}"
+            text = f"{item.label}: {count(found['tokens'], 'token')}, {found['bits']} bits, PSNR {_number(found['psnr'], 2)} dB, LPIPS {_number(found['lpips'], 3)}"
             report.show({"input": item.label, "output": args.output, **found}, text)
         report.progress.step()
     if rows:
@@ -122,7 +122,7 @@ def reconstruct(
         }
         measured.append(found)
         tiles = f" × {len(pixels)} tiles" if len(pixels) > 1 else ""
-        lines = [f"{k} token{'s' if k > 1 else ''}{tiles}", f"{found['bits']:,} bits", f"PSNR {_number(found['psnr'], 1)} dB", f"LPIPS {_number(found['lpips'], 3)}"]
+        lines = [f"{count(k, 'token')}{tiles}", f"{found['bits']:,} bits", f"PSNR {_number(found['psnr'], 1)} dB", f"LPIPS {_number(found['lpips'], 3)}"]
         cells.append(Cell.of(unfit(torch.cat(decoded), geometry)[0], args.height, lines))
     return cells, measured
 

@@ -36,6 +36,11 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, TokError) else f"{type(error).__name__}: {text[:300]}"
 
 
+def count(number: int, noun: str) -> str:
+    """``1 token``, ``2,000 tokens``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 class Progress:
     """A bar on standard error, only when that is a terminal and there is more than one thing to do."""
 
@@ -95,7 +100,7 @@ class Report:
         if self.silent or (text is None and not self.as_json) or (self.quiet and not self.as_json):
             return
         self.progress.clear()
-        print(json.dumps(row, ensure_ascii=False) if self.as_json else text, flush=True)
+        print(json.dumps(row) if self.as_json else text, flush=True)  # ASCII: file names may be any bytes
 
     def fail(self, label: str, error: BaseException) -> None:
         """One input failed; the run goes on."""
