@@ -168,8 +168,10 @@ def test_the_search_is_batched_and_short(model, images, monkeypatch):
     decode = model.decode_latents
     monkeypatch.setattr(model, "decode_latents", lambda q, n: (calls.append(len(q)), decode(q, n))[1], raising=False)
     Budget(psnr=24.0).search(model, images, model.encode(images))
-    assert len(calls) <= 6 + 4, "a ladder of powers of two, then bisection"
-    assert calls[0] == 5
+    assert len(calls) == 1 + 5 and calls[0] == 5, "all 32 tokens, then bisection"
+    calls.clear()
+    Budget(psnr=90.0).search(model, images, model.encode(images))
+    assert calls == [5], "what all tokens miss needs no search"
 
 
 def test_a_dip_in_quality_is_survived(model, images, monkeypatch):

@@ -1,8 +1,8 @@
 """Budgets: let each image of a nested model keep as many tokens as a quality or a file size asks for.
 
-One encode; then prefixes are decoded for the whole batch at once — powers of two first, bisection between the last that
-missed the target and the first that met it. Quality is nearly monotone in the number of tokens, not exactly: the length
-returned was itself decoded and meets the target, and the one just below it was decoded and does not.
+One encode; then prefixes are decoded for the whole batch at once, each image its own: all tokens first, then bisection
+(9 decodes for 256 tokens, whatever the batch). Quality is nearly monotone in the number of tokens, not exactly: the
+length returned was itself decoded and meets the target, and the one just below it was decoded and does not.
 
 Shapes: G originals, R rows of the batch (tiles of an original are consecutive rows), N tokens.
 """
@@ -146,25 +146,18 @@ class Budget:
         return low
 
     def _search_quality(self, meter: _Meter, steps: list[int], tops: list[int], found: dict[int, _Found]) -> None:
+        """All allowed tokens first (whoever misses with them is done), then bisection, the whole batch at each step."""
         low = dict.fromkeys(found, -1)  # last step known to miss
         high: dict[int, int] = {}  # first step known to reach
 
-        def measure(trial: dict[int, int]) -> None:
+        trial = dict(enumerate(tops))
+        while trial:
             for i, (psnr, lpips) in meter({i: steps[s] for i, s in trial.items()}).items():
                 ok = (self.psnr is None or psnr >= self.psnr) and (self.lpips is None or (lpips or 0.0) <= self.lpips)
-                if ok:
-                    high[i] = trial[i]
-                else:
-                    low[i] = trial[i]
+                (high if ok else low)[i] = trial[i]
                 if ok or trial[i] == tops[i]:
                     found[i] = _Found(trial[i], ok, psnr, lpips)
-
-        rung = 1
-        while pending := [i for i in found if i not in high and low[i] < tops[i]]:
-            measure({i: min(rung - 1, tops[i]) for i in pending})
-            rung *= 2
-        while between := {i: (low[i] + high[i]) // 2 for i in high if high[i] - low[i] > 1}:
-            measure(between)
+            trial = {i: (low[i] + high[i]) // 2 for i in high if high[i] - low[i] > 1}
 
 
 @dataclass
