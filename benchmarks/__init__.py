@@ -1,0 +1,1 @@
+"""Programs that measure tok1d; run them from the repository root as ``python -m benchmarks.NAME``."""
