@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         print(f"{verb}: {by_count['difference']['images_per_second']} images/s without the start, {by_count['difference']['peak_mib']:+} MiB")
     body = {
-        "protocol": f"whole processes, drawn JPEG {WIDTH} x {HEIGHT}, batch {args.batch_size}, {args.tokens} tokens, one run each",
+        "protocol": f"Whole processes, drawn JPEG {WIDTH} x {HEIGHT}, batch {args.batch_size}, {args.tokens} tokens, one run each",
         "seed": 0,
         "model": args.model if args.model == "default" else "another than default",
         "runs": runs,

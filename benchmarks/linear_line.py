@@ -1,6 +1,7 @@
 """The linear line: what an ideal linear code makes of the same images at the same bits.
 
-Two of them, both far better than a real code of their kind could be, for the rate is the rate–distortion function itself:
+Two of them. Both take the Gaussian rate–distortion function itself for their rate, which no quantizer of finite length
+reaches on Gaussian coefficients (real photos are not Gaussian, so a learned code may still pass them):
 
 * ``pca32``: principal components of the whole view at 32 × 32, upsampled bicubically.
 * ``dct64``: the 64 × 64 lowest DCT frequencies of the whole 256 × 256 view in principal colour axes, as independent

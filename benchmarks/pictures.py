@@ -26,7 +26,6 @@ PHOTOS = (
     "wp_budgie_013443c1",  # daisies
     "lire_cars_015106",  # car
     "wp_budgie_013472c2",  # city at sunset
-    "flower_photos_003407",  # sunflowers
     "grocery_004731",  # an orange
 )
 CELL, GAP, TOP, BOTTOM = 176, 6, 32, 21

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from benchmarks.record import RESULTS, ROOT, Finished, run, save, tok_command
 
 # What `tok encode PHOTO --tokens K` does, with a clock after each step. Runs in a process of its own.
@@ -67,15 +69,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "photo.tok")
-        encode = ["encode", str(args.photo), "--tokens", str(args.tokens), "--model", args.model, "-o", out, "-f", "-q"]
+        out, large = str(Path(folder) / "photo.tok"), Path(folder) / "large.jpg"
+        with Image.open(args.photo) as photo:
+            photo.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(large, quality=90)
+        options = ["--tokens", str(args.tokens), "--model", args.model, "-f", "-q", "-o"]
         tok = tok_command()
         commands = {
             "python -c pass": [sys.executable, "-c", "pass"],
             "tok --help": [*tok, "--help"],
             "tok --version": [*tok, "--version"],
             "import torch": [sys.executable, "-c", "import torch"],
-            f"tok encode photo --tokens {args.tokens}": [*tok, *encode],
+            f"tok encode photo --tokens {args.tokens}": [*tok, "encode", str(args.photo), *options, out],
+            f"tok encode photo-12-megapixels --tokens {args.tokens}": [*tok, "encode", str(large), *options, f"{folder}/large.tok"],
             f"tok info photo-{args.tokens}.tok": [*tok, "info", out],
             f"tok decode photo-{args.tokens}.tok": [*tok, "decode", out, "--model", args.model, "-o", f"{folder}/photo.png", "-f", "-q"],
         }
@@ -98,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     median = {name: round(statistics.median(r.seconds for r in done), 3) for name, done in runs.items()}
     encode_name = f"tok encode photo --tokens {args.tokens}"
     body = {
-        "protocol": f"whole processes, {args.rounds} rounds in turns, medians; the breakdown is of a process of its own",
+        "protocol": f"Whole processes, {args.rounds} rounds in turns, medians; the breakdown is of a process of its own",
         "model": args.model if args.model == "default" else "another than default",
         "commands": {
             name: {
@@ -113,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         "steps": {name: round(statistics.median(s[name] for s in steps), 4) for name in steps[0]},
         "encode_again": round(statistics.median(again), 4),
     }
-    for name, seconds in (median | {f"{encode_name}, above import torch": body["above_import_torch"]} | body["steps"]).items():
+    for name, seconds in (median | {f"{encode_name}, above import torch": body["above_import_torch"]} | {f"  {k}": v for k, v in body["steps"].items()}).items():
         print(f"{seconds:8.3f} s  {name}")
     print(save("startup", body, folder=args.results))
 

@@ -155,7 +155,7 @@ def startup(results: Results) -> str:
     first = table(["command", "seconds", "range", "processor seconds"], rows)
     second = table(["step of `tok encode`", "seconds"], steps)
     return (
-        f"{own['protocol'].capitalize()}.\n\n{first}\n\n`tok encode` takes {own['above_import_torch']:.2f} s above a bare `import torch`; "
+        f"{own['protocol']}.\n\n{first}\n\n`tok encode` takes {own['above_import_torch']:.2f} s above a bare `import torch`; "
         f"once warm, encoding the photo again takes {own['encode_again']:.3f} s.\n\n{second}"
     )
 
@@ -171,7 +171,7 @@ def folder(results: Results) -> str:
             label = f"`tok {verb}`, " + ("from the few to the many" if name == "difference" else f"{r['files']:,} files")
             peak = f"{r['peak_mib']:+.0f}" if name == "difference" else f"{r['peak_mib']:.0f}"
             rows.append([label, str(r.get("seconds", "")), f"{r['images_per_second']:.1f}", peak])
-    return f"{own['protocol'].capitalize()}.\n\n{table(['', 'seconds', 'images/s', 'peak memory, MiB'], rows)}"
+    return f"{own['protocol']}.\n\n{table(['', 'seconds', 'images/s', 'peak memory, MiB'], rows)}"
 
 
 def provenance(results: Results) -> str:
