@@ -1,8 +1,8 @@
-"""SpectralDecoder: linear synthesis of the coded coefficients, and a convolutional net that paints what they cannot say.
+"""SpectralDecoder: linear synthesis of the coded coefficients, shrinkage of their noise, and a net that adds what is missing.
 
-The band-limited picture is the conditional mean of a linear code: right colours and layout, no edges. A small U-shaped
-net sees it together with the number of tokens and adds a residual, so an untrained decoder already stands on the
-linear line. Upsampling is nearest-neighbour + convolution (pixel shuffle invites checkerboards under LPIPS).
+The band-limited picture has the right colours and layout, but quantization noise of whole-image cosines everywhere.
+Local shrinkage removes most of it before anything is learned; a small U-shaped net then sees the clean picture and the
+number of tokens and adds a residual that starts at zero. Upsampling is nearest-neighbour + convolution (pixel shuffle invites checkerboards under LPIPS).
 
 Shapes: B images, n ≤ N given tokens, D coefficients of a token, G grid, H × W pixels (H = W = 4 G).
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tok1d.tokenizers.encoders.spectral import OPPONENT
 from tok1d.tokenizers.part import Decoder
-from tok1d.tokenizers.spectral import dct_matrix, synthesise, zigzag_support
+from tok1d.tokenizers.spectral import analyse, dct_matrix, synthesise, zigzag_support
 
 
 class ResidualBlock(nn.Module):
@@ -50,6 +50,41 @@ class Stage(nn.Module):
         return x
 
 
+class Shrinkage(nn.Module):
+    """Sliding-window transform shrinkage: what quantization adds everywhere is small in every local spectrum, edges are not.
+
+    Analysis by ``window``² local DCT filters of each colour axis, non-negative garrote c · max(0, 1 - (T / c)²), synthesis
+    and average over all windows. Filters and thresholds T (per filter, log-linear in the level) are learned from there.
+    Breiman 1995 (garrote); Yaroslavsky et al. 2001 (sliding DCT).
+    """
+
+    def __init__(self, window: int = 8) -> None:
+        super().__init__()
+        d = dct_matrix(window, window)
+        local = torch.einsum("ki,lj->klij", d, d).reshape(window * window, window, window)
+        filters = torch.zeros(3, window * window, 3, window, window)
+        for axis in range(3):
+            filters[axis, :, axis] = local
+        self.analysis = nn.Parameter(filters.flatten(0, 1).clone())
+        self.synthesis = nn.Parameter(filters.flatten(0, 1) / window**2)
+        # 1.4 × the rms error of the linear picture along each axis with 1 and with all tokens, measured on photos
+        first, last = torch.tensor([0.39, 0.17, 0.10]), torch.tensor([0.13, 0.069, 0.045])
+        keep = torch.ones(3, window * window)
+        keep[:, 0] = 1e-3  # the local mean is never shrunk
+        self.threshold = nn.Parameter((first[:, None] * keep).log().flatten())
+        self.slope = nn.Parameter((last / first).log().repeat_interleave(window * window))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Float (B, 3, h, w) along the colour axes, (B,) levels → the same shape."""
+        n = self.analysis.shape[-1]
+        padded = F.pad(x, (n - 1,) * 4, mode="replicate")
+        c = F.conv2d(padded.contiguous(memory_format=torch.channels_last), self.analysis)
+        t = (self.threshold + level[:, None] * self.slope).exp()[:, :, None, None]
+        c = c * F.relu(1 - t.square() / c.square().clamp(min=1e-8))
+        out = F.conv_transpose2d(c, self.synthesis)
+        return out[:, :, n - 1 : n - 1 + x.shape[2], n - 1 : n - 1 + x.shape[3]]
+
+
 class SpectralDecoder(Decoder):
     """Coefficients to pixels.
 
@@ -71,6 +106,8 @@ class SpectralDecoder(Decoder):
         condition: int = 64,
     ) -> None:
         super().__init__()
+        if 4 * grid > min(image_size):
+            raise ValueError(f"grid {grid} is finer than a quarter of the image {image_size}; use at most {min(image_size) // 4}")
         self.tokens, self.dim, self.grid = tokens, dim, grid
         self.register_buffer("colour", torch.tensor(OPPONENT))
         self.register_buffer("mean", torch.zeros(3 * grid * grid))
@@ -78,6 +115,8 @@ class SpectralDecoder(Decoder):
         for name, size in (("full", image_size), ("quarter", (image_size[0] // 4, image_size[1] // 4))):
             self.register_buffer(f"{name}_rows", dct_matrix(min(grid, size[0]), size[0]), persistent=False)
             self.register_buffer(f"{name}_cols", dct_matrix(min(grid, size[1]), size[1]), persistent=False)
+        self.register_buffer("axes", torch.eye(3), persistent=False)
+        self.shrink = Shrinkage()
         self.embed = nn.Sequential(nn.Linear(condition, condition), nn.SiLU(), nn.Linear(condition, condition), nn.SiLU())
         w16, w8, w4, w2, w1 = widths
         self.stem = nn.Conv2d(12, w8, 3, padding=1)
@@ -88,9 +127,10 @@ class SpectralDecoder(Decoder):
         self.skip4 = nn.Conv2d(3, w4, 3, padding=1)
         self.stage4, self.stage2, self.stage1 = (Stage(w, b, condition) for w, b in zip((w4, w2, w1), blocks[2:]))
         self.up2, self.up1 = nn.Conv2d(w4, w2, 3, padding=1), nn.Conv2d(w2, w1, 3, padding=1)
-        self.out = nn.Conv2d(w1, 3, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out4, self.out = nn.Conv2d(w4, 3, 3, padding=1), nn.Conv2d(w1, 3, 3, padding=1)
+        for head in (self.out4, self.out):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
     def spectrum(self, q: Tensor, mask: Tensor | None) -> Tensor:
         """(B, n, D) codes → coefficients (B, 3, G, G): the sum of what the given tokens say about each."""
@@ -103,33 +143,42 @@ class SpectralDecoder(Decoder):
 
     def forward(self, q: Tensor, mask: Tensor | None = None, window: tuple[int, int, int] | None = None) -> Tensor:
         """See :class:`Decoder`; ``window`` (top, left, size) in pixels, multiples of 8, renders that square only (training)."""
-        lengths = q.new_full((len(q),), q.shape[1]) if mask is None else mask.sum(1).to(q.dtype)
-        spectrum = self.spectrum(q, mask)
-        r, c = self.quarter_rows.shape[0], self.quarter_cols.shape[0]
-        quarter = synthesise(spectrum[:, :, :r, :c], self.colour, self.quarter_rows, self.quarter_cols)
+        level = self._level(q, mask)
+        c = self.embed(self._waves(level))
+        plain = synthesise(self.spectrum(q, mask), self.axes, self.quarter_rows, self.quarter_cols)
+        clean = self.shrink(plain, level)
+        quarter = torch.einsum("bdhw,dc->bchw", clean, self.colour)
+        spectrum = analyse(clean, self.axes, self.quarter_rows, self.quarter_cols)
         linear = synthesise(spectrum, self.colour, self.full_rows, self.full_cols)
-        c = self.embed(self._count_features(lengths))
-
-        fast = torch.channels_last
-        x8 = self.stem(F.pixel_unshuffle((quarter - 0.5) * 2, 2).contiguous(memory_format=fast))
-        x8 = self.stage8a(x8, c)
-        x16 = self.stage16(self.down(x8), c)
-        x8 = self.stage8b(x8 + self.up8(_double(x16)), c)
+        x8 = self._trunk(quarter, c)
         if window is not None:
             x8, quarter, linear, cut = _crop(x8, quarter, linear, window)
-        x = self.up4(_double(x8)) + self.skip4((quarter - 0.5).contiguous(memory_format=fast) * 2)
-        x = self.stage4(x, c)
+        x = self._stage4(x8, quarter, c)
+        coarse = F.interpolate(self.out4(F.silu(x)), scale_factor=4.0, mode="bilinear", align_corners=False)
         x = self.stage2(self.up2(_double(x)), c)
         x = self.stage1(self.up1(_double(x)), c)
-        image = linear + self.out(F.silu(x))
+        image = linear + coarse + self.out(F.silu(x))
         return image if window is None else image[:, :, cut[0] : cut[0] + window[2], cut[1] : cut[1] + window[2]]
 
-    def _count_features(self, lengths: Tensor) -> Tensor:
-        """(B,) token counts → smooth features of their logarithm (B, condition)."""
-        width = self.embed[0].in_features
-        level = torch.log2(lengths.clamp(min=0.5) * 256 / self.tokens)[:, None] / 8  # 1 token of 256 → 0, all → 1
-        waves = torch.arange(width // 2, device=lengths.device, dtype=level.dtype) * (math.pi / 2)
-        return torch.cat([torch.cos(level * waves), torch.sin(level * waves)], 1)
+    def _trunk(self, quarter: Tensor, c: Tensor) -> Tensor:
+        x8 = self.stem(F.pixel_unshuffle((quarter - 0.5) * 2, 2).contiguous(memory_format=torch.channels_last))
+        x8 = self.stage8a(x8, c)
+        x16 = self.stage16(self.down(x8), c)
+        return self.stage8b(x8 + self.up8(_double(x16)), c)
+
+    def _stage4(self, x8: Tensor, quarter: Tensor, c: Tensor) -> Tensor:
+        skip = self.skip4((quarter - 0.5).contiguous(memory_format=torch.channels_last) * 2)
+        return self.stage4(self.up4(_double(x8)) + skip, c)
+
+    def _level(self, q: Tensor, mask: Tensor | None) -> Tensor:
+        """(B,) logarithm of the number of given tokens: 0 for 1 of 256, 1 for all."""
+        lengths = q.new_full((len(q),), q.shape[1]) if mask is None else mask.sum(1).to(q.dtype)
+        return torch.log2(lengths.clamp(min=0.5) * 256 / self.tokens) / 8
+
+    def _waves(self, level: Tensor) -> Tensor:
+        """(B,) levels → smooth features (B, condition)."""
+        waves = torch.arange(self.embed[0].in_features // 2, device=level.device, dtype=level.dtype) * (math.pi / 2)
+        return torch.cat([torch.cos(level[:, None] * waves), torch.sin(level[:, None] * waves)], 1)
 
 
 def _double(x: Tensor) -> Tensor:
