@@ -41,7 +41,7 @@ PRESETS: tuple[Preset, ...] = (
         nested=True,
         image_size=(256, 256),
         licence="Apache-2.0",
-        parameters=7_977_653,
+        parameters=8_053_496,
         description="photos, any number of tokens from 1 to 256",
     ),
 )
