@@ -31,8 +31,9 @@ def add_parsers(subparsers: Any) -> None:
 def run_fit(args: argparse.Namespace) -> int:
     from tok1d.training.fit import fit
 
-    fit(args.arguments)
-    return 0
+    arguments = [word for word in args.arguments if word != "--debug"]
+    args.debug = args.debug or len(arguments) < len(args.arguments)
+    return fit(arguments)
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -1,20 +1,25 @@
-"""PhotoData: the Lightning data module behind ``tok fit``, and images drawn by formula for debugging.
+"""PhotoData: the Lightning data module behind ``tok fit``, and the same over images drawn by formula.
 
-The order of samples and every crop follow from (seed, draw number), and the draw number from the trainer's step, so a
-resumed run sees exactly what the uninterrupted one would have seen.
+The order of samples and every crop follow from (seed, draw number), and the draw number from the batches the trainer has
+finished, so a resumed run sees exactly what the uninterrupted one would have seen.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
-import lightning
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from tok1d.data.drawn import DrawnImages
 from tok1d.data.photos import Photos, index_images
+from tok1d.errors import UsageError
+from tok1d.extras import require
+
+lightning = require("lightning", "train")
+log = logging.getLogger(__name__)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -25,6 +30,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         batch: samples of one batch on this rank.
         start: batches already consumed.
         rank, ranks: every rank takes its share of each global batch.
+
+    Example:
+        >>> [[sample for sample, _ in batch] for batch, _ in zip(StepSampler(4, 2, seed=0), range(2))]
+        [[2, 0], [1, 3]]
     """
 
     def __init__(self, samples: int, batch: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> None:
@@ -66,7 +75,7 @@ class PhotoData(lightning.LightningDataModule):
         val_batch_size: on each rank.
         val_images: validate on so many, evenly spaced (0 = all).
         workers: loader processes.
-        cache: keep decoded training photos in memory (use with ``workers: 0``).
+        cache: keep decoded training photos in memory (use with ``workers: 0``; every worker would keep its own).
         seed: of order and crops.
     """
 
@@ -84,6 +93,10 @@ class PhotoData(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 < area[0] <= area[1] <= 1:
+            raise UsageError(f"data.area must be two rising shares in (0, 1], got {list(area)}")
+        if min(size, batch_size, val_batch_size) < 1 or workers < 0:
+            raise UsageError(f"data: size and batch sizes are at least 1, workers at least 0; got {size}, {batch_size}, {workers}")
         self.train, self.val = list(train), list(val or [])
         self.size, self.area, self.seed, self.cache = size, (area[0], area[1]), seed, cache
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
@@ -99,13 +112,17 @@ class PhotoData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.train_set is not None and self.trainer is not None
-        trainer = self.trainer
-        # batches, not optimizer steps: with gradient accumulation the trainer counts the latter
-        start = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        share = (trainer.global_rank, trainer.world_size)
-        sampler = StepSampler(len(self.train_set), self.batch_size, self.seed, start, *share)
-        workers = self.workers
-        return DataLoader(self.train_set, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+        # Finished batches, not optimizer steps: with gradient accumulation the trainer's global_step counts the latter.
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        share = (self.trainer.global_rank, self.trainer.world_size)
+        sampler = StepSampler(len(self.train_set), self.batch_size, self.seed, done, *share)
+        return DataLoader(
+            self.train_set,
+            batch_sampler=sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_set is None:
@@ -113,37 +130,25 @@ class PhotoData(lightning.LightningDataModule):
         share = range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size)
         return DataLoader(Subset(self.val_set, share), batch_size=self.val_batch_size, num_workers=0)
 
+    def describe(self) -> dict[str, Any]:
+        """What a model card says of the training data; no paths."""
+        count = None if self.train_set is None else len(self.train_set)
+        return {"images": count, "size": self.size, "area": list(self.area), "batch_size": self.batch_size, "seed": self.seed}
 
-class DrawnImages(Dataset):
-    """Images computed from their index: a gradient, discs and bars; no files needed.
-
-    Example:
-        >>> DrawnImages(4, 32)[0].shape
-        torch.Size([3, 32, 32])
-    """
-
-    def __init__(self, count: int, size: int, seed: int = 0) -> None:
-        self.count, self.size, self.seed = count, size, seed
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int | tuple[int, int]) -> Tensor:
-        index = index[0] if isinstance(index, tuple) else index
-        rng = np.random.default_rng((self.seed, index))
-        axis = np.linspace(0, 1, self.size, dtype=np.float32)
-        y, x = axis[:, None], axis[None]
-        a, b, slope = rng.random(3), rng.random(3), rng.random()
-        image = a[:, None, None] + (b - a)[:, None, None] * (slope * x + (1 - slope) * y)
-        for _ in range(3):
-            cx, cy, r, colour = rng.random(), rng.random(), 0.08 + 0.25 * rng.random(), rng.random(3)
-            shape = (x - cx) ** 2 + (y - cy) ** 2 < r * r if rng.random() < 0.5 else (abs(x - cx) < r) & (abs(y - cy) < r / 2)
-            image = np.where(shape, colour[:, None, None], image)
-        return torch.from_numpy((image * 255).round().clip(0, 255).astype(np.uint8))
+    def teardown(self, stage: str) -> None:
+        for name, data in (("training", self.train_set), ("validation", self.val_set)):
+            broken = int(data.broken.sum()) if isinstance(data, Photos) else 0
+            if broken:
+                log.warning("%d of %d %s images could not be read and were skipped", broken, len(data), name)
 
 
 class DrawnData(PhotoData):
-    """:class:`PhotoData` over :class:`DrawnImages`: trains anywhere, for tests and debug configurations."""
+    """:class:`PhotoData` over :class:`tok1d.data.drawn.DrawnImages`: trains anywhere, for tests and debug configurations.
+
+    Args:
+        images, val_images: how many are drawn for training and validation.
+        size, batch_size, seed: as :class:`PhotoData`.
+    """
 
     def __init__(
         self, images: int = 256, val_images: int = 16, size: int = 32, batch_size: int = 8, seed: int = 0

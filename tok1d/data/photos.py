@@ -4,12 +4,11 @@ A shard is indexed once (offsets of its image members) and samples are read by s
 function of seed and step: an interrupted run continues with exactly the samples it would have seen. Small sets can be
 kept decoded in memory. Broken images are counted and skipped in favour of the next sample, never silently.
 
-Shapes: images are uint8 (3, H, W).
+Shapes: images are uint8, (H, W, 3) as read and (3, size, size) as served.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import tarfile
 from collections.abc import Sequence
@@ -18,19 +17,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tok1d.errors import ImageError
+from tok1d.image_io import read_uint8
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
+BLOCK = 512  # of a tar file
 Sample = tuple[str, str, int, int]  # key, file, offset, size
 
 
 def index_images(paths: Sequence[str | Path]) -> list[Sample]:
     """List the images of folders (recursively), .tar shards and single files, sorted by key within each path.
+
+    Hidden files and folders (a leading dot) are left out.
 
     Raises:
         ImageError: a path does not exist, a shard is damaged, or nothing was found.
@@ -38,16 +40,18 @@ def index_images(paths: Sequence[str | Path]) -> list[Sample]:
     samples: list[Sample] = []
     for path in map(Path, paths):
         if path.is_dir():
-            shards = sorted(path.rglob("*.tar"))
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            samples += [s for shard in shards for s in _index_shard(shard)]
+            found = sorted(p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts))
+            samples += [s for p in found if p.suffix == ".tar" for s in _index_shard(p)]
+            files = [p for p in found if p.suffix.lower() in SUFFIXES and p.is_file()]
             samples += [(str(p.relative_to(path)), str(p), 0, p.stat().st_size) for p in files]
         elif path.suffix == ".tar" and path.is_file():
             samples += _index_shard(path)
         elif path.suffix.lower() in SUFFIXES and path.is_file():
             samples.append((path.name, str(path), 0, path.stat().st_size))
-        else:
+        elif path.exists():
             raise ImageError(f"{path} is neither a folder, a .tar shard nor an image ({', '.join(SUFFIXES)})")
+        else:
+            raise ImageError(f"{path}: no such file or folder; give photos with --data.train \"[FOLDER_OR_SHARD, …]\"")
     if not samples:
         raise ImageError(f"no images found under {', '.join(map(str, paths))}; looked for {', '.join(SUFFIXES)} and .tar")
     return samples
@@ -56,10 +60,17 @@ def index_images(paths: Sequence[str | Path]) -> list[Sample]:
 def _index_shard(path: Path) -> list[Sample]:
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [m for m in tar if m.isfile() and m.name.lower().endswith(SUFFIXES)]
-    except (tarfile.TarError, OSError) as error:
+            members = list(tar)
+            end = max((m.offset_data + -(-m.size // BLOCK) * BLOCK for m in members), default=0)
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise ImageError(f"{path} is not a readable uncompressed tar shard: {error}") from error
-    return sorted((m.name.rsplit(".", 1)[0], str(path), m.offset_data, m.size) for m in members)
+    # Python's reader takes a damaged header for the end of the archive; the end proper is a block of zeros.
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read(BLOCK).strip(b"\0"):
+            raise ImageError(f"{path} is damaged after its member {len(members)} (byte {end}); copy or make the shard again")
+    images = [m for m in members if m.isfile() and m.name.lower().endswith(SUFFIXES) and m.name.rpartition("/")[2][0] != "."]
+    return sorted((m.name.rsplit(".", 1)[0], str(path), m.offset_data, m.size) for m in images)
 
 
 def read_sample(sample: Sample) -> bytes:
@@ -71,9 +82,12 @@ def read_sample(sample: Sample) -> bytes:
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
-    """Encoded image → uint8 (H, W, 3)."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))
+    """Encoded image → uint8 (H, W, 3), as :func:`tok1d.read` sees it (orientation, white behind alpha, first frame).
+
+    Raises:
+        ImageError: not an image, damaged, or not representable.
+    """
+    return read_uint8(data, frame=0)[0].permute(1, 2, 0).numpy()
 
 
 def centre_crop(image: np.ndarray, size: int) -> Tensor:
@@ -110,13 +124,16 @@ class Photos(Dataset):
         cache: keep decoded images in memory (about 0.2 MB each at 256 pixels).
 
     Indexing takes an int (the n-th view, without augmentation randomness) or a pair (sample, draw).
+
+    Attributes:
+        broken: bool (samples,), True where an image could not be read; shared with loader processes.
     """
 
     def __init__(
         self, samples: Sequence[Sample], size: int, area: tuple[float, float] | None = None, seed: int = 0, cache: bool = False
     ) -> None:
         self.samples, self.size, self.area, self.seed = list(samples), size, area, seed
-        self.broken: set[int] = set()
+        self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -132,17 +149,21 @@ class Photos(Dataset):
 
     def __getitem__(self, index: int | tuple[int, int]) -> Tensor:
         index, draw = index if isinstance(index, tuple) else (index, index)
+        if not 0 <= index < len(self.samples):
+            raise IndexError(f"{index} of {len(self.samples)} images")
         for step in range(len(self.samples)):
             at = (index + step) % len(self.samples)
+            if self.broken[at]:
+                continue
             try:
                 image = self.image(at)
                 break
-            except (OSError, SyntaxError, ValueError) as error:
-                if at not in self.broken:
-                    self.broken.add(at)
-                    log.warning("skipping %s: %s (%d broken so far)", self.samples[at][0], error, len(self.broken))
+            except (OSError, ImageError) as error:
+                self.broken[at] = True
+                key, file, *_ = self.samples[at]
+                log.warning("skipping %s of %s: %s (%d broken so far)", key, file, error, int(self.broken.sum()))
         else:
-            raise ImageError(f"none of the {len(self.samples)} images can be read")
+            raise ImageError(f"none of the {len(self.samples)} images can be read, {self.samples[0][1]} first among them")
         if self.area is None:
             return centre_crop(image, self.size)
         return random_resized_crop(image, self.size, self.area, np.random.default_rng((self.seed, draw)))

@@ -35,15 +35,17 @@ def analyse(images: Tensor, colour: Tensor, rows: Tensor, cols: Tensor) -> Tenso
     ``rows`` is dct_matrix(G, H), ``cols`` dct_matrix(G, W); coefficient (0, 0) of a constant image equals its value.
     """
     scale = 1 / math.sqrt(rows.shape[1] * cols.shape[1])
-    mixed = torch.einsum("bchw,dc->bdhw", images, colour)
-    return rows @ mixed @ cols.T * scale
+    with torch.autocast(images.device.type, enabled=False):  # eight bits of mantissa would change the codes
+        mixed = torch.einsum("bchw,dc->bdhw", images.to(rows.dtype), colour)
+        return rows @ mixed @ cols.T * scale
 
 
 def synthesise(spectrum: Tensor, colour: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Inverse of :func:`analyse` for any output size: (B, 3, G, G) → float (B, 3, H, W), band-limited."""
     scale = math.sqrt(rows.shape[1] * cols.shape[1])
-    mixed = rows.T @ spectrum @ cols * scale
-    return torch.einsum("bdhw,dc->bchw", mixed, colour)
+    with torch.autocast(spectrum.device.type, enabled=False):
+        mixed = rows.T @ spectrum.to(rows.dtype) @ cols * scale
+        return torch.einsum("bdhw,dc->bchw", mixed, colour)
 
 
 def zigzag_support(tokens: int, dim: int, grid: int) -> Tensor:

@@ -2,37 +2,82 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
+from tok1d.extras import require
+
+lightning = require("lightning", "train")
+
 
 class Throughput(lightning.Callback):
-    """Log ``images_per_second`` (over the last ``every`` steps, whole step including data) and show it in the progress bar."""
+    """Log ``images_per_second`` and ``data_wait``; without a progress bar, print a line as well.
+
+    ``data_wait`` is the share of the time that the loop waited for its next batch: near 0 the loader keeps up. Both are
+    means over the last ``every`` batches, validation left out. Time and images of a run survive its interruptions (for
+    the model card).
+
+    Args:
+        every: batches between two values.
+    """
 
     def __init__(self, every: int = 10) -> None:
         self.every = every
-        self._start, self._images = time.perf_counter(), 0
+        self.seconds, self.images = 0.0, 0
+        self._start = self._ended = time.perf_counter()
+        self._wait, self._count = 0.0, 0
 
-    def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-        self._start, self._images = time.perf_counter(), 0
+    def _restart(self) -> None:
+        self._start = self._ended = time.perf_counter()
+        self._wait, self._count = 0.0, 0
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, task: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        self._images += len(batch) * trainer.world_size
-        if (batch_idx + 1) % self.every == 0:
-            now = time.perf_counter()
-            task.log("images_per_second", self._images / (now - self._start), prog_bar=True)
-            self._start, self._images = now, 0
+    def on_train_start(self, trainer: Any, task: Any) -> None:
+        self._restart()
 
-    def on_validation_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-        self._start, self._images = time.perf_counter(), 0
+    def on_validation_end(self, trainer: Any, task: Any) -> None:
+        self._restart()
+        if trainer.is_global_zero and trainer.progress_bar_callback is None and not trainer.sanity_checking:
+            values = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            _say(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def on_train_batch_start(self, trainer: Any, task: Any, batch: Tensor, batch_idx: int) -> None:
+        self._wait += time.perf_counter() - self._ended
+
+    def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._ended
+        self.images += len(batch) * trainer.world_size
+        self._count += len(batch) * trainer.world_size
+        self._ended = now
+        if (batch_idx + 1) % self.every == 0 and now > self._start:
+            rate, wait = self._count / (now - self._start), self._wait / (now - self._start)
+            task.log("images_per_second", rate, prog_bar=True)
+            task.log("data_wait", wait)
+            if trainer.is_global_zero and trainer.progress_bar_callback is None:
+                loss = trainer.callback_metrics.get("train/loss", torch.nan)
+                _say(f"step {trainer.global_step} of {trainer.max_steps}: loss {loss:.4g}, {rate:.1f} images/s, {wait:.0%} waiting for data")
+            self._restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "images": self.images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self.images = state["seconds"], state["images"]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class ReconstructionGrid(lightning.Callback):
     """Write a PNG of originals and reconstructions at several token counts at every validation (and to TensorBoard).
+
+    The weights are those being validated, the averaged ones where a run averages.
 
     Args:
         images: how many validation images.
@@ -41,27 +86,19 @@ class ReconstructionGrid(lightning.Callback):
 
     def __init__(self, images: int = 6, tokens: tuple[int, ...] = (1, 8, 32, 128, 256)) -> None:
         self.images, self.tokens = images, tokens
-        self._batch: Tensor | None = None
 
-    def on_validation_batch_start(self, trainer: Any, task: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if self._batch is None:
-            self._batch = batch[: self.images]
-
+    # at the batch, not at the end of the validation: averaging callbacks put the other weights back there
     @torch.no_grad()
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, task: Any) -> None:
-        if not trainer.is_global_zero or self._batch is None or trainer.sanity_checking or trainer.log_dir is None:
+    def on_validation_batch_end(
+        self, trainer: Any, task: Any, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx or not trainer.is_global_zero or trainer.sanity_checking or trainer.log_dir is None:
             return
-        from pathlib import Path
-
         from tok1d.image_io import write
 
-        tokenizer = task.tokenizer
-        images = self._batch.to(task.device).float() / 255
-        counts = [k for k in self.tokens if k <= tokenizer.max_tokens] if tokenizer.is_nested else [tokenizer.max_tokens]
-        rows = [images]
-        for k in counts:
-            rows.append(tokenizer(images, torch.full((len(images),), k)).reconstruction.clamp(0, 1))
-        grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1).cpu()
+        images = batch[: self.images]
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        grid = reconstruction_grid(task.tokenizer, images, self.tokens)
         folder = Path(trainer.log_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / f"step-{trainer.global_step:07d}.png", grid)
@@ -70,11 +107,20 @@ class ReconstructionGrid(lightning.Callback):
                 logger.experiment.add_image("reconstructions", grid, trainer.global_step)
 
 
+def reconstruction_grid(tokenizer: Any, images: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Float (B, 3, H, W) in [0, 1] → float (3, rows · H, B · W): a row of originals and one for each number of tokens."""
+    counts = [k for k in tokens if k <= tokenizer.max_tokens] if tokenizer.is_nested else [tokenizer.max_tokens]
+    code = tokenizer.quantizer(tokenizer.encode_latents(images))
+    rows = [images, *(tokenizer.decode_latents(code.q[:, :k]).float().clamp(0, 1) for k in counts)]
+    return torch.cat([torch.cat(list(row), 2) for row in rows], 1).cpu()
+
+
 class CodebookUsage(lightning.Callback):
     """Log the share of ids ever used and their perplexity over each validation run, over all positions and per position.
 
     ``val/usage`` (share of the vocabulary seen), ``val/perplexity`` (2 to the entropy of the pooled histogram) and
-    ``val/position_entropy`` (mean over positions of the entropy in bits; at most log2 of the images seen).
+    ``val/position_entropy`` (mean over positions of the entropy in bits; at most log2 of the images seen). Several ranks
+    log the mean of what each saw. Bottlenecks without ids log nothing.
     """
 
     def __init__(self) -> None:
@@ -83,23 +129,25 @@ class CodebookUsage(lightning.Callback):
     def on_validation_epoch_start(self, trainer: Any, task: Any) -> None:
         self._ids = []
 
-    @torch.no_grad()
-    def on_validation_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
-        tokenizer = task.tokenizer
-        images = batch.float() / 255 if batch.dtype == torch.uint8 else batch
-        ids = tokenizer.quantizer(tokenizer.encode_latents(images)).ids
+    def on_validation_batch_end(
+        self, trainer: Any, task: Any, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        ids = outputs.get("ids") if isinstance(outputs, dict) else None
         if ids is not None:
             self._ids.append(ids.cpu())
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, task: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Any, task: Any) -> None:
         if not self._ids:
             return
         ids = torch.cat(self._ids)
         _, pooled = ids.unique(return_counts=True)
         positions = torch.stack([entropy_bits(ids[:, t].unique(return_counts=True)[1]) for t in range(ids.shape[1])])
-        task.log("val/usage", len(pooled) / task.tokenizer.vocab_size, sync_dist=True)
-        task.log("val/perplexity", 2 ** entropy_bits(pooled), sync_dist=True)
-        task.log("val/position_entropy", positions.mean(), sync_dist=True)
+        values = {
+            "usage": len(pooled) / task.tokenizer.vocab_size,
+            "perplexity": 2 ** entropy_bits(pooled).item(),
+            "position_entropy": positions.mean().item(),
+        }
+        task.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
 
 
 def entropy_bits(counts: Tensor) -> Tensor:

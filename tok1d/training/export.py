@@ -6,31 +6,16 @@ safetensors + JSON.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tok1d.disk import atomic_write
 from tok1d.errors import ModelError, UsageError
-from tok1d.tokenizers.tokenizer import CONFIG_NAME, Tokenizer1D
-
-
-@dataclass
-class Run:
-    """What is known about a finished (or interrupted) run.
-
-    Attributes:
-        tokenizer: with the averaged weights where the run averaged.
-        step: optimizer steps taken.
-        settings: the YAML configuration of the run as plain data, {} if it was not found.
-    """
-
-    tokenizer: Tokenizer1D
-    step: int
-    settings: dict[str, Any]
+from tok1d.tokenizers.tokenizer import CONFIG_NAME, WEIGHTS_NAME, Tokenizer1D
+from tok1d.training.card import Run, model_card, read_scores
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -43,36 +28,55 @@ def find_checkpoint(source: Path) -> Path:
         return source
     found = sorted(source.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise ModelError(f"{source} holds no checkpoint (*.ckpt); give the run folder or a checkpoint of 'tok fit'")
+        what = "holds no checkpoint (*.ckpt)" if source.is_dir() else "does not exist"
+        raise ModelError(f"{source} {what}; give the run folder or a checkpoint of 'tok fit', or a model folder")
     return found[-1]
 
 
 def load_run(source: Path) -> Run:
-    """Read a checkpoint written by ``tok fit``.
+    """Read a run folder or checkpoint of ``tok fit``, or a model folder (to store it otherwise or add scores).
 
     Raises:
-        ModelError: not such a checkpoint, damaged, or its weights do not fit its configuration.
+        ModelError: neither, damaged, or weights that do not fit their configuration or are not finite.
     """
+    if (source / CONFIG_NAME).is_file():
+        return Run(Tokenizer1D.from_pretrained(source))
     path = find_checkpoint(source)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file provokes
-        raise ModelError(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or "tokenizer_config" not in checkpoint or "state_dict" not in checkpoint:
-        raise ModelError(f"{path} was not written by 'tok fit' (no tokenizer_config in it)")
+    checkpoint = load_plain(path)
+    step, settings, state = (checkpoint.get(k) for k in ("global_step", "run_settings", "state_dict"))
+    plain = isinstance(checkpoint.get("tokenizer_config"), dict) and isinstance(state, dict) and isinstance(step, int)
+    if not plain or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ModelError(f"{path} was not written by 'tok fit' (no tokenizer_config and weights in it)")
     tokenizer = Tokenizer1D.from_config(checkpoint["tokenizer_config"])
-    prefix = "tokenizer."
-    state: dict[str, Tensor] = {
-        k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)
-    }
+    weights: dict[str, Tensor] = {k.removeprefix("tokenizer."): v for k, v in state.items() if k.startswith("tokenizer.")}
     try:
-        tokenizer.load_state_dict(state)
+        tokenizer.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"{path}: weights do not fit the configuration stored beside them: {error}") from error
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    bad = [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
         raise ModelError(f"{path}: {bad[0]} and {len(bad) - 1} more hold NaN or infinity; export an earlier checkpoint")
-    return Run(tokenizer.eval(), int(checkpoint["global_step"]), checkpoint.get("run_settings", {}))
+    spent = _throughput(checkpoint)
+    known = settings if isinstance(settings, dict) else {}
+    return Run(tokenizer.eval(), step, known, float(spent.get("seconds", 0)), int(spent.get("images", 0)))
+
+
+def load_plain(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint that holds tensors and plain data; a pickle with anything else in it is refused, not run.
+
+    Raises:
+        ModelError: missing, damaged, or not such a file.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such checkpoint") from error
+    except Exception as error:  # whatever a damaged or hostile file provokes
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {first[:200]})") from error
+    if not isinstance(checkpoint, dict):
+        raise ModelError(f"{path} is not a checkpoint but a {type(checkpoint).__name__}")
+    return checkpoint
 
 
 def export(
@@ -84,10 +88,10 @@ def export(
     scores: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write ``out``/config.json, weights and README.md from a run or checkpoint.
+    """Write ``out``/config.json, weights and README.md.
 
     Args:
-        source: run folder or checkpoint.
+        source: run folder, checkpoint or model folder.
         out: folder to write.
         name: of the model; that of the configuration if None.
         dtype: ``float32`` or ``float16``, of the stored weights.
@@ -95,45 +99,26 @@ def export(
         overwrite: replace an existing model.
 
     Raises:
-        UsageError: ``out`` holds a model already and ``overwrite`` is False.
-        ModelError: the run cannot be read.
+        UsageError: ``out`` holds a model already and ``overwrite`` is False, or ``scores`` is not what it should be.
+        ModelError: the run cannot be read, or its weights do not fit into float16.
     """
-    if (out / CONFIG_NAME).exists() and not overwrite:
-        raise UsageError(f"{out} holds a model already; use -f to replace it")
+    held = [n for n in (CONFIG_NAME, WEIGHTS_NAME, "README.md") if (out / n).exists()]
+    if held and not overwrite:
+        raise UsageError(f"{out} holds {held[0]} already; use -f to replace it, or name another folder")
+    measured = read_scores(scores) if scores else {}
     run = load_run(source)
     if name:
         run.tokenizer.name = name
-    measured = json.loads(scores.read_text()) if scores else {}
-    run.tokenizer.save_pretrained(out, dtype=getattr(torch, dtype))
-    from tok1d.tokfile import atomic_write
-
+    kind: torch.dtype = getattr(torch, dtype)
+    for key, value in run.tokenizer.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value.to(kind)).all():
+            raise ModelError(f"{key} does not fit into {dtype} (largest value {value.abs().max():.4g}); use --dtype float32")
+    run.tokenizer.save_pretrained(out, dtype=kind)
     atomic_write(out / "README.md", model_card(run, dtype, measured).encode())
 
 
-def model_card(run: Run, dtype: str, measured: dict[str, Any]) -> str:
-    """Markdown card of a run, from its configuration and measured scores alone."""
-    tok = run.tokenizer
-    count = sum(p.numel() for p in tok.state_dict().values())
-    lengths = f"any of 1 to {tok.max_tokens}" if tok.is_nested else f"exactly {tok.max_tokens}"
-    rows = [
-        ("Input", f"RGB {tok.image_size[0]} × {tok.image_size[1]}, float in [0, 1]"),
-        ("Tokens", f"{lengths}, {tok.bits_per_token} bits each, vocabulary {tok.vocab_size}"),
-        ("Parts", " × ".join(type(p).__name__ for p in (tok.encoder, tok.quantizer, tok.decoder, tok.lengths))),
-        ("Values stored", f"{count:,} ({dtype})"),
-        ("Steps", f"{run.step:,}"),
-        *((str(k).capitalize(), str(v)) for k, v in measured.get("training", {}).items()),
-    ]
-    lines = [f"# {tok.name}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
-    for table in measured.get("tables", []):
-        lines += [f"## {table['title']}", "", table["protocol"], ""]
-        head = list(table["rows"][0])
-        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines += ["| " + " | ".join(_cell(row[h]) for h in head) + " |" for row in table["rows"]] + [""]
-    lines += [f"{note}\n" for note in measured.get("notes", [])]
-    if run.settings:
-        lines += ["## Configuration", "", "```json", json.dumps(run.settings, indent=1), "```", ""]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+def _throughput(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the Throughput callback counted, {} for runs without it."""
+    callbacks = checkpoint.get("callbacks")
+    found = callbacks.get("Throughput") if isinstance(callbacks, dict) else None
+    return found if isinstance(found, dict) else {}

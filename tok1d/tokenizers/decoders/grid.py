@@ -54,6 +54,9 @@ class GridDecoder(Decoder):
         self.to_pixels = nn.Linear(width, 3 * patch_size * patch_size)
         self.smooth = nn.Conv2d(3, 3, 3, padding=1)
         self.apply(init_weights)
+        # Start at plain grey: a loud random picture would be unlearned by muting the codes, and they stay mute.
+        nn.init.trunc_normal_(self.to_pixels.weight, std=0.002)
+        nn.init.constant_(self.smooth.bias, 0.5)
         self.class_token = learned(1, width)
         self.mask_token = learned(1, width)
         self.positions = learned(1 + patches, width)

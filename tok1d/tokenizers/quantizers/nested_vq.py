@@ -31,6 +31,8 @@ class NestedVQ(Quantizer):
     together ("a level"): a 256-token model takes a few dozen batched steps, not 256.
     """
 
+    loss_weights = {"codebook": 0.0}  # noqa: RUF012  (books come fitted; give it a weight to refine them)
+
     def __init__(self, tokens: int, dim: int, vocab_size: int = 4096, books: int = 1) -> None:
         super().__init__()
         self.tokens, self.dim, self.vocab_size, self.books = tokens, dim, vocab_size, books
@@ -55,8 +57,11 @@ class NestedVQ(Quantizer):
         return self._levels
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        """Float (B, n, D) coefficients of the first n tokens, bool mask (B, n) True = keep (a prefix) → QuantizerOutput."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
+            if mask is not None:
+                z = z.masked_fill(~mask[..., None], 0)  # whatever stood there, even nan, is gone from here on
             residual, codes, ids = self._search(z.detach())
             if mask is not None:
                 ids = ids.masked_fill(~mask, 0)
@@ -65,23 +70,28 @@ class NestedVQ(Quantizer):
             error = (chosen - residual).square().mean(-1)
             codebook = (error * keep).sum() / keep.sum().clamp(min=1)
             q = (z - z.detach() + codes) * keep[..., None]
-            used = torch.bincount((ids + self.book * self.vocab_size)[keep], minlength=self.books * self.vocab_size)
+            books = self.book[: ids.shape[1]]
+            used = torch.bincount((ids + books * self.vocab_size)[keep], minlength=self.books * self.vocab_size)
         usage = (used > 0).float().mean()
         return QuantizerOutput(q, ids, {"codebook": codebook}, {"usage": usage})
 
     @torch.no_grad()
     def _search(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) coefficients → residual seen by each token, its code, both (B, N, D), and ids (B, N)."""
-        batch = len(z)
-        support = self.support
-        room = int(support.max()) + 1
-        left = z.new_zeros(batch, room)
-        left[:, support.flatten()] = z.flatten(1)  # repeated coefficients carry equal values
+        """(B, n, D) coefficients → residual seen by each token, its code, both (B, n, D), and ids (B, n)."""
+        batch, tokens = z.shape[:2]
+        left = z.new_zeros(batch, int(self.support.max()) + 1)
+        for start, end in reversed(self.levels()):  # of repeated coefficients the first counts: masks keep a prefix
+            if start < tokens:
+                end = min(end, tokens)
+                left[:, self.support[start:end].flatten()] = z[:, start:end].flatten(1)
         seen, codes, ids = [], [], []
         for start, end in self.levels():
-            where = support[start:end].flatten()
+            end = min(end, tokens)
+            if start >= end:
+                break
+            where = self.support[start:end].flatten()
             r = left[:, where].view(batch, end - start, self.dim)
-            book, s = self.codebooks[self.book[start]], self.scale[start:end]
+            book, s = self.codebooks[self.book[start]].float(), self.scale[start:end].float()
             # |r - s∘c|² = const + (s²)·(c²) - 2 (s∘r)·c, without stretching a copy of the codebook for every token
             power = s.square() @ book.square().T
             score = torch.baddbmm(power[:, None], (r * s).transpose(0, 1), book.T.expand(end - start, -1, -1), alpha=-2)
@@ -92,15 +102,17 @@ class NestedVQ(Quantizer):
         return torch.cat(seen, 1), torch.cat(codes, 1), torch.cat(ids, 1)
 
     def ids_to_codes(self, ids: Tensor) -> Tensor:
+        """int64 (B, n) in [0, K) → float32 (B, n, D)."""
         n = ids.shape[1]
         if n > self.tokens:
             raise TokenError(f"this quantizer has {self.tokens} tokens, got {n} ids")
         flat = ids + self.book[:n] * self.vocab_size
-        return F.embedding(flat, self.codebooks.flatten(0, 1)) * self.scale[:n]
+        return F.embedding(flat, self.codebooks.flatten(0, 1)).float() * self.scale[:n].float()
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
-        n = codes.shape[1]
+        """float (B, n, D) codes (not residuals) → int64 (B, n)."""
         ids = []
-        for t in range(n):
-            ids.append(torch.cdist(codes[:, t].float(), self.codebooks[self.book[t]] * self.scale[t]).argmin(-1))
+        for t in range(codes.shape[1]):
+            book = self.codebooks[self.book[t]].float() * self.scale[t].float()
+            ids.append(torch.cdist(codes[:, t].float(), book).argmin(-1))
         return torch.stack(ids, 1)
