@@ -4,7 +4,6 @@ import io
 import tarfile
 from pathlib import Path
 
-
 from tok1d.data.drawn import DrawnImages
 from tok1d.image_io import to_bytes
 

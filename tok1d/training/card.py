@@ -106,6 +106,7 @@ def _training_lines(run: Run) -> list[str]:
         return []
     s, data = run.settings, run.settings.get("data", {})
     batch = data.get("batch_size", 0) * s.get("devices", 1) * s.get("accumulate_grad_batches", 1)
+    clip = f", gradients clipped at {s['gradient_clip_val']}" if s.get("gradient_clip_val") else ""
     rows = {
         "Steps": f"{run.step:,}" + (f" of {batch} images" if batch else ""),
         "Images seen": f"{run.images:,}" if run.images else "",
@@ -114,7 +115,7 @@ def _training_lines(run: Run) -> list[str]:
         "Hardware": s.get("hardware", ""),
         "Losses": " + ".join(f"{w:g} {name}" for name, w in s.get("weights", {}).items()),
         "Optimizer": f"AdamW, learning rate {s['lr']:g}, {s['warmup_steps']} warm-up steps, cosine to {s['final_lr']:g} of it, "
-        f"weight decay {s['weight_decay']:g}, gradients clipped at {s.get('gradient_clip_val')}" if "lr" in s else "",
+        f"weight decay {s['weight_decay']:g}{clip}" if "lr" in s else "",
         "Window": f"the decoder was trained on squares of {s['window']} pixels" if s.get("window") else "",
         "Precision": s.get("precision", ""),
         "Seed": str(s.get("seed", "")),
