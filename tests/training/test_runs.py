@@ -42,7 +42,7 @@ def checkpoint(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    assert fit(folder, "--trainer.max_steps", "120", "--trainer.val_check_interval", "40") == 0
+    assert fit(folder, "--trainer.max_steps", "150", "--trainer.val_check_interval", "30") == 0
     return folder
 
 
@@ -53,19 +53,21 @@ def test_a_run_leaves_metrics_pictures_and_throughput(run):
     assert list(run.rglob("grids/*.png")) and list(run.rglob("events.out.tfevents*"))
 
 
-def test_it_learns_and_more_tokens_say_more(run):
+def test_it_learns_through_the_bottleneck(run):
     found = [r for r in rows(run) if r.get("val/psnr_16")]
     first, last = float(found[0]["val/psnr_16"]), float(found[-1]["val/psnr_16"])
-    assert last > first + 0.3
-    assert last > float(found[-1]["val/psnr_1"]) + 0.1
-    assert float(found[-1]["val/position_entropy"]) > 1
+    by_length = [float(found[-1][f"val/psnr_{k}"]) for k in (1, 2, 4, 8, 16)]
+    assert last > first + 0.5
+    assert last > 13.0, "12.5 dB is what the best single colour for all images reaches"
+    assert all(b > a - 0.1 for a, b in zip(by_length, by_length[1:])), by_length  # hundreds of steps more spread them
+    assert float(found[-1]["val/position_entropy"]) > 2, "of the 4 bits that 16 images allow"
 
 
 def test_interrupted_equals_uninterrupted(run, tmp_path):
     (saved,) = (run / "checkpoints").glob("*step=100*.ckpt")  # all that a process killed after it would have left
-    assert fit(tmp_path, "--trainer.max_steps", "120", "--trainer.val_check_interval", "40", "--ckpt_path", str(saved)) == 0
+    assert fit(tmp_path, "--trainer.max_steps", "150", "--trainer.val_check_interval", "30", "--ckpt_path", str(saved)) == 0
     one, two = checkpoint(run), checkpoint(tmp_path)
-    assert one["global_step"] == two["global_step"] == 120
+    assert one["global_step"] == two["global_step"] == 150
     for key, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][key]), key
     for a, b in zip(one["optimizer_states"][0]["state"].values(), two["optimizer_states"][0]["state"].values()):

@@ -70,6 +70,8 @@ class ReconstructionTask(lightning.LightningModule):
             _start_from(self.tokenizer, init_from)
         given = {"l1": 1.0} if weights is None else weights
         self.weights = {k: v for k, v in {**tokenizer.quantizer.loss_weights, **given}.items() if v}
+        if not any(name in self.weights for name in tokenizer.quantizer.loss_weights):
+            tokenizer.quantizer.requires_grad_(False)  # nothing gives it gradients, and data parallelism must know
         self.lr, self.warmup_steps, self.final_lr = lr, warmup_steps, final_lr
         most = tokenizer.max_tokens
         doubling = [2**i for i in range(most.bit_length()) if 2**i <= most] if tokenizer.is_nested else [most]

@@ -1,0 +1,187 @@
+"""The command ``tok fit``: configurations by file and name, overlays, errors of one line, every recipe for a step."""
+
+import os
+import pickle
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import tok1d
+from tests.data.files import encoded, folder
+from tok1d.cli.main import main
+from tok1d.errors import ModelError
+from tok1d.training.export import load_run
+from tok1d.training.fit import find_config
+
+ROOT = Path(__file__).parents[2]
+VIT = {"width": 32, "depth": 1, "heads": 2, "image_size": 32}
+SPECTRAL = {"tokens": 8, "dim": 4, "grid": 8, "image_size": [32, 32]}
+
+
+@pytest.fixture
+def tok(tmp_path, monkeypatch, capsys):
+    """``tok("fit", …)`` in an empty folder → (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in args])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def one_line(text: str) -> str:
+    """The message of a failure, which is one line after what Lightning says of itself."""
+    lines = [line for line in text.splitlines() if line.startswith("tok")]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+# configurations --------------------------------------------------------------------------------------------------
+
+
+def test_configurations_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = ROOT / "configs/debug/titok_fsq.yaml"
+    for name in ("debug/titok_fsq", "configs/debug/titok_fsq.yaml", str(wanted)):
+        assert Path(find_config(name)).samefile(wanted)
+    folder(tmp_path, {"configs/debug/titok_fsq.yaml": b"{}", "mine.yaml": b"{}"})
+    assert find_config("debug/titok_fsq") == "configs/debug/titok_fsq.yaml", "the working folder comes first"
+    assert find_config("mine.yaml") == "mine.yaml"
+
+
+def test_print_config_and_help(tok):
+    code, out, _ = tok("fit", "--config", "debug/titok_fsq", "--trainer.max_steps", "7", "--print_config")
+    shown = yaml.safe_load(out)
+    assert code == 0 and shown["trainer"]["max_steps"] == 7 and shown["model"]["init_args"]["lr"] == 0.001
+    code, out, _ = tok("fit", "--help")
+    assert code == 0 and "--ckpt_path" in out and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--config", "debug/titok_fqs"], 2, "no configuration 'debug/titok_fqs'.*debug/titok_fsq"),
+        (["--config=nothing.yaml"], 2, "no configuration"),
+        (["--config", "debug/titok_fsq", "--ckpt_path", "no.ckpt"], 2, r"no\.ckpt: no such checkpoint.*'last'"),
+        (["--config", "debug/titok_fsq", "--model.lr", "fast"], 2, "model.lr: Expected a <class 'float'>. Got value: fast"),
+        (["--config", "debug/titok_fsq", "--data.nope", "1"], 2, "data: Option 'nope' is not accepted"),
+        (["--config", "debug/titok_fsq", "--data.batch_size", "0"], 2, "batch sizes are at least 1"),
+        (["--config", "debug/titok_fsq", "--model.tokenizer.init_args.encoder.init_args.dim", "5"], 1, "latents of width 5"),
+        (["--config", "debug/spectral"], 1, "init_from runs/debug/spectral/linear: cannot be loaded"),
+        (["--config", "tokenizer/titok_s_128", "--trainer.devices", "1", "--trainer.precision", "32",
+          "--model.weights", "{l2: 1}", "--data.train", "[no/photos]"], 1, "no/photos: no such file or folder"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(tok, arguments, code, said):
+    import re
+
+    got, _, err = tok("fit", *arguments)
+    assert got == code and re.search(said, one_line(err)), err
+
+
+def test_missing_lightning(tok, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    code, _, err = tok("fit", "--config", "debug/titok_fsq")
+    assert code == 1 and "pip install 'tok1d[train]'" in one_line(err)
+
+
+def test_debug_shows_the_traceback(tok):
+    code, _, err = tok("fit", "--config", "nothing", "--debug")
+    assert code == 2 and "Traceback" in err and "no configuration" in err
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("went-off",)
+
+
+def test_hostile_checkpoint_is_not_continued(tok):
+    torch.save({"state_dict": Bomb()}, "evil.ckpt")
+    Path("worse.ckpt").write_bytes(pickle.dumps(Bomb()))
+    Path("noise.ckpt").write_bytes(os.urandom(500))
+    for name in ("evil.ckpt", "worse.ckpt", "noise.ckpt"):
+        code, _, err = tok("fit", "--config", "debug/titok_fsq", "--trainer.logger", "false", "--ckpt_path", name)
+        assert code == 1 and "cannot be read safely" not in err.replace("is not a checkpoint that can be read safely", "")
+        assert "can be read safely" in err and not Path("went-off").exists()
+        with pytest.raises(ModelError, match="read safely"):
+            load_run(Path(name))
+
+
+# recipes ---------------------------------------------------------------------------------------------------------
+
+
+def shrunk(name: str) -> dict:
+    """An overlay that makes the parts of a recipe tiny; everything else stays as it is."""
+    recipe = yaml.safe_load((ROOT / f"configs/tokenizer/{name}.yaml").read_text())
+    parts = recipe["model"]["init_args"]["tokenizer"]["init_args"]
+    small = SPECTRAL if "Spectral" in parts["encoder"]["class_path"] else VIT
+    tiny = {slot: {"class_path": parts[slot]["class_path"], "init_args": dict(small)} for slot in ("encoder", "decoder")}
+    if small is SPECTRAL:
+        tiny["decoder"]["init_args"] |= {"widths": [8] * 5, "blocks": [1] * 5, "condition": 8}
+        tiny["quantizer"] = {"class_path": parts["quantizer"]["class_path"], "init_args": {"tokens": 8, "dim": 4, "vocab_size": 16, "books": 2}}
+    weights = {k: v for k, v in recipe["model"]["init_args"]["weights"].items() if not k.startswith("lpips")}
+    model = {"tokenizer": {"class_path": "tok1d.tokenizers.tokenizer.Tokenizer1D", "init_args": {"image_size": [32, 32], **tiny}}}
+    if small is SPECTRAL:
+        model |= {"init_from": None, "val_tokens": [1, 8], "window": 16 if recipe["model"]["init_args"].get("window") else 0}
+    return {
+        "trainer": {"accelerator": "cpu", "devices": 1, "fast_dev_run": True},
+        "model": {"class_path": "tok1d.training.tasks.ReconstructionTask", "init_args": {**model, "weights": weights}},
+        "data": {
+            "class_path": "tok1d.data.module.PhotoData",
+            "init_args": {"train": ["photos"], "val": ["photos"], "size": 32, "batch_size": 2, "val_batch_size": 2, "workers": 0},
+        },
+    }
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs/tokenizer").glob("*.yaml")))
+def test_every_recipe_takes_a_step(tok, name):
+    folder(Path("photos"), encoded(4, 40))
+    Path("tiny.yaml").write_text(yaml.safe_dump(shrunk(name)))
+    code, _, err = tok("fit", "--config", f"tokenizer/{name}", "--config", "tiny.yaml")
+    assert code == 0, err
+    assert "step 1: val/psnr" in err and not Path("runs").exists(), "a trial run leaves nothing behind"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_headers_say_what_they_must(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    assert len(head) >= 4 and "ommand" in text and "ardware" in text and "Run by us:" in text
+    assert f"--config configs/{path.relative_to(ROOT / 'configs')}" in text
+
+
+# runs ------------------------------------------------------------------------------------------------------------
+
+
+def last_values(err: str) -> dict[str, float]:
+    line = [line for line in err.splitlines() if line.startswith("step") and "val/psnr" in line][-1]
+    return {k: float(v) for k, v in (pair.split() for pair in line.partition(": ")[2].split(", "))}
+
+
+def test_moving_average_codebook_learns(tok):
+    code, _, err = tok("fit", "--config", "debug/titok_vq_ema", "--trainer.max_steps", "240", "--trainer.val_check_interval", "120")
+    values = last_values(err)
+    assert code == 0 and values["val/psnr_16"] > 12.9 and values["val/usage"] > 0.2 and values["val/position_entropy"] > 2, err
+
+
+def test_spectral_is_fitted_then_trained(tok, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fit_spectral.py", "--config", "debug/spectral", "--views", "1", "--own-books", "16", "--out", "runs/debug/spectral/linear"])
+    runpy.run_path(str(ROOT / "scripts/fit_spectral.py"), run_name="__main__")
+    more = ("--trainer.max_steps", "24", "--trainer.val_check_interval", "12", "--data.val_images", "8")
+    code, _, err = tok("fit", "--config", "debug/spectral", *more)
+    values = last_values(err)
+    curve = [values[f"val/psnr_{k}"] for k in (1, 2, 4, 8, 16)]
+    assert code == 0 and curve == sorted(curve) and curve[-1] > curve[0] + 3 and values["val/usage"] > 0.9, err
+    code, out, err = tok("fit", "--config", "debug/spectral", "--trainer.max_steps", "30", "--ckpt_path", "last", *more[2:])
+    assert code == 0 and "step 24: val/psnr" not in err
+    assert load_run(Path("runs/debug/spectral")).step == 30
+    left = {p.relative_to("runs/debug/spectral").parts[0] for p in Path("runs/debug/spectral").rglob("*") if p.is_file()}
+    assert left == {"linear", "csv", "tb", "checkpoints"}
+    assert tok("export", "runs/debug/spectral", "model")[0] == 0
+    model = tok1d.load("model")
+    assert model.decode(model.encode(torch.rand(1, 3, 32, 32), tokens=3)).shape == (1, 3, 32, 32)
