@@ -38,7 +38,7 @@ def test_folder_and_card(run, tmp_path):
     assert model.name == "small" and card.startswith("# small\n")
     for words in (
         "any number of tokens from 1 to 4 of 9 bits (vocabulary 512); at most 36 bits, 5 bytes an image",
-        "TiTokEncoder × FSQ × GridDecoder × TailDrop", f"{model.model_id:016x}", "| Steps | 3 of 4 images |", "| Images seen | 12 |",
+        "TiTokEncoder × FSQ × GridDecoder × TailDrop", "stored as float32", "| Steps | 3 of 4 images |", "| Images seen | 12 |",
         "10, crops of 16 × 16", "2 l2", "learning rate 0.0001", "CPU, ", "Protocol view32-v1: centre crop 32 x 32.",
         "### drawn (2 images of 5)", "| 4 | 36 | 41 | 12.35 | 0.500 |", "Measured on drawings.",
     ):  # fmt: skip

@@ -176,8 +176,8 @@ def test_spectral_is_fitted_then_trained(tok, monkeypatch):
     code, _, err = tok("fit", "--config", "debug/spectral", *more)
     values = last_values(err)
     curve = [values[f"val/psnr_{k}"] for k in (1, 2, 4, 8, 16)]
-    assert code == 0 and curve == sorted(curve) and curve[-1] > curve[0] + 3 and values["val/usage"] > 0.9, err
-    code, out, err = tok("fit", "--config", "debug/spectral", "--trainer.max_steps", "30", "--ckpt_path", "last", *more[2:])
+    assert code == 0 and curve == sorted(curve) and curve[-1] > curve[0] + 3 and values["val/usage"] > 0.8, err
+    code, _, err = tok("fit", "--config", "debug/spectral", "--trainer.max_steps", "30", "--ckpt_path", "last", *more[2:])
     assert code == 0 and "step 24: val/psnr" not in err
     assert load_run(Path("runs/debug/spectral")).step == 30
     left = {p.relative_to("runs/debug/spectral").parts[0] for p in Path("runs/debug/spectral").rglob("*") if p.is_file()}

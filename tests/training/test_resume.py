@@ -94,13 +94,16 @@ def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, number, capsys):
     equal(whole, again)
 
 
-def test_the_last_step_is_saved_and_can_be_continued(tmp_path):
-    """5 steps with a checkpoint at every second; a longer run goes on from the fifth."""
-    setup = tiny.Setup(tmp_path / "a", ReconstructionTask(tiny.fsq(), warmup_steps=10), steps=5)
-    five = setup.run()
+@pytest.mark.parametrize("every", [2, 100])
+def test_the_last_step_is_saved_and_can_be_continued(tmp_path, every):
+    """Checkpoints at every n-th step miss the fifth; a longer run goes on from there."""
+
+    def run(place: str, steps: int, resume: Path | None = None) -> tiny.Done:
+        return tiny.Setup(tmp_path / place, ReconstructionTask(tiny.fsq(), warmup_steps=10), steps=steps, save_every=every).run(resume)
+
+    five = run("a", 5)
     assert five.checkpoint()["global_step"] == 5
-    more = tiny.Setup(tmp_path / "a", ReconstructionTask(tiny.fsq(), warmup_steps=10), steps=8).run(five.last)
-    whole = tiny.Setup(tmp_path / "b", ReconstructionTask(tiny.fsq(), warmup_steps=10), steps=8).run()
+    more, whole = run("a", 8, five.last), run("b", 8)
     assert more.record.losses == whole.record.losses[5:]
     equal(whole, more)
     seen = [c["callbacks"]["Throughput"]["images"] for c in (more.checkpoint(), whole.checkpoint())]

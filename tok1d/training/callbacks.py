@@ -92,7 +92,7 @@ class ReconstructionGrid(lightning.Callback):
     def on_validation_batch_end(
         self, trainer: Any, task: Any, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx or not trainer.is_global_zero or trainer.sanity_checking or trainer.log_dir is None:
+        if batch_idx or not trainer.is_global_zero or trainer.sanity_checking or trainer.fast_dev_run or trainer.log_dir is None:
             return
         from tok1d.image_io import write
 

@@ -82,6 +82,12 @@ class SaveOnStop(lightning.Callback):
                 _say_where(trainer, path)
                 raise KeyboardInterrupt
 
+    def on_train_end(self, trainer: Any, task: Any) -> None:
+        # A ModelCheckpoint that has saved nothing yet would save now: after trial runs too, and over the checkpoint of the
+        # last step, with the averaged weights in the place of the live ones.
+        for keeper in _keepers(trainer):
+            keeper._last_checkpoint_saved = keeper._last_checkpoint_saved or keeper.last_model_path or "nothing"
+
     def teardown(self, trainer: Any, task: Any, stage: str) -> None:
         self._restore()
 
@@ -96,7 +102,7 @@ class SaveOnStop(lightning.Callback):
 
 def save_last(trainer: Any) -> Path | None:
     """Write the checkpoint that ``--ckpt_path last`` finds, where the run keeps its checkpoints; None if it keeps none."""
-    keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    keepers = _keepers(trainer)
     if not keepers or trainer.fast_dev_run:
         return None
     keeper = keepers[0]
@@ -104,6 +110,10 @@ def save_last(trainer: Any) -> Path | None:
         keeper.last_model_path = _free(Path(keeper.dirpath))
     trainer.save_checkpoint(keeper.last_model_path, weights_only=False)
     return Path(keeper.last_model_path)
+
+
+def _keepers(trainer: Any) -> list[ModelCheckpoint]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
 
 
 def _free(folder: Path) -> str:
