@@ -92,7 +92,7 @@ class QuantizerOutput:
 
     Attributes:
         q: float32 (B, N, D) quantized latents with straight-through gradient; zero where the mask is False.
-        ids: int64 (B, N), or None for continuous (KL) bottlenecks and bit codes.
+        ids: int64 (B, N), or None for continuous (KL) bottlenecks and codes of more than 62 bits.
         losses: unweighted scalar losses by log name (``commitment``, ``codebook``, ``entropy``, ``kl`` …).
         stats: detached scalars for logging.
         bits: uint8 (B, N, d) for codes of more than 62 bits.
@@ -111,10 +111,16 @@ class Encoder(Part):
     Attributes:
         tokens: number N of latents it makes.
         dim: width D of a latent.
+        prefix: whether ``forward`` takes ``tokens=n`` and computes the first n latents alone, exactly and for less work.
+        size_step: 0 if it works at one image size; else it takes every (height, width) of multiples of ``size_step``
+            up to ``size_limit`` pixels a side.
     """
 
     tokens: int
     dim: int
+    prefix: bool = False
+    size_step: int = 0
+    size_limit: int = 0
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
@@ -124,16 +130,23 @@ class Encoder(Part):
 class Quantizer(Part):
     """Latents → discrete codes and back; float32 inside with autocast off.
 
+    A token is one integer below ``vocab_size``. Vocabularies beyond 2^62 do not fit int64: such a quantizer has
+    ``vocab_size = 2**d``, returns ``bits`` (B, N, d) instead of ``ids``, and its ``ids_to_codes`` and ``codes_to_ids`` take
+    and give those bits.
+
     Attributes:
         dim: width D of latents.
         code_dim: width of codes, D unless the quantizer says otherwise (KL: latents are mean and variance, codes half).
         vocab_size: number of ids, or 0 for a continuous bottleneck.
         loss_weights: published weights of its losses by log name, for training that does not set its own.
+        whole: codes of any prefix of the tokens are codes for all latents (residual scales: late tokens refine all of them);
+            else token i is the code of latent i.
     """
 
     dim: int
     vocab_size: int
     loss_weights: dict[str, float] = {}  # noqa: RUF012
+    whole: bool = False
 
     @property
     def code_dim(self) -> int:
@@ -145,20 +158,24 @@ class Quantizer(Part):
 
         return bits_for_vocab(self.vocab_size) if self.vocab_size else 0
 
+    def tokens_made(self, latents: int) -> int:
+        """Number of tokens that so many latents become."""
+        return latents
+
     @abstractmethod
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
-        """Float (B, N, D), bool mask (B, N) True = keep → QuantizerOutput.
+        """Float (B, N, D), bool mask over tokens (B, N) True = keep → QuantizerOutput.
 
         Masked tokens never enter losses, statistics or codebook updates; their ids are 0 and their q is zero.
         """
 
     @abstractmethod
     def ids_to_codes(self, ids: Tensor) -> Tensor:
-        """int64 (B, n) ids of the first n tokens → float32 (B, n, D)."""
+        """int64 (B, n) ids, or uint8 (B, n, d) bits, of the first n tokens → float32 (B, n, D); (B, N, D) if ``whole``."""
 
     @abstractmethod
     def codes_to_ids(self, codes: Tensor) -> Tensor:
-        """float (B, n, D) codes of the first n tokens → int64 (B, n)."""
+        """float (B, n, D) codes of the first n tokens → int64 (B, n), or uint8 (B, n, d) bits."""
 
 
 class Decoder(Part):
@@ -166,11 +183,22 @@ class Decoder(Part):
 
     Attributes:
         dim: width of the codes it takes.
-        stochastic: whether ``seeds`` change the picture.
+        options: keyword arguments of ``forward`` beyond codes and mask, of these names and meanings:
+            ``window`` (top, left, size) renders only that square; ``size`` (height, width) of the image, for decoders of any
+            size; ``steps`` int and ``guidance`` float, for samplers; ``seeds`` int64 (B,), what makes the noise of each image,
+            so that an image is the same alone and in any batch; ``text`` float (B, T, W) encoded text.
+        objective: what training compares: ``pixels`` (the picture it returns), or ``own``: pictures are sampled and
+            training minimises :meth:`own_losses`.
     """
 
     dim: int
-    stochastic: bool = False
+    options: tuple[str, ...] = ()
+    objective: str = "pixels"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether ``seeds`` change the picture."""
+        return "seeds" in self.options
 
     @abstractmethod
     def forward(self, q: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -178,6 +206,18 @@ class Decoder(Part):
 
         ``mask=None`` means that all n tokens are given. A masked position must not influence the image.
         """
+
+    def own_losses(
+        self, q: Tensor, mask: Tensor | None, images: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of a decoder with ``objective = "own"``, scalars by log name, with gradient to q.
+
+        Args:
+            q, mask: as :meth:`forward`.
+            images: float (B, 3, H, W) in [0, 1], what should come out.
+            generator: of times and noise; a CPU generator.
+        """
+        raise TypeError(f"{type(self).__name__} is trained on the pictures it returns")
 
 
 def token_mask(lengths: Tensor, tokens: int) -> Tensor | None:

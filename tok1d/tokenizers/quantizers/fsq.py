@@ -47,8 +47,8 @@ class FSQ(Quantizer):
         self.levels, self.symmetric = tuple(levels), symmetric
         self.dim, self.vocab_size = len(levels), math.prod(levels)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
-        self.register_buffer("_levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("_basis", torch.tensor(basis), persistent=False)
+        self.register_buffer("_levels", torch.tensor(levels, device="cpu"), persistent=False)
+        self.register_buffer("_basis", torch.tensor(basis, device="cpu"), persistent=False)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Float (B, N, D), bool mask (B, N) True = keep → QuantizerOutput; there are no losses."""
