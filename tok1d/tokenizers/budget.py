@@ -176,7 +176,7 @@ class _Meter:
     def __init__(self, tokenizer: Tokenizer1D, images: Tensor, seq: TokenSequence, lpips: bool) -> None:
         self.tokenizer, self.images = tokenizer, images
         self.data = seq.data.to(tokenizer.device)
-        self.rows = _rows(seq)
+        self.rows = rows_of_images(seq)
         self.distance: Distance | None = lpips_on(tokenizer.device) if lpips else None
 
     def __call__(self, wanted: dict[int, int]) -> dict[int, tuple[float, float | None]]:
@@ -188,8 +188,10 @@ class _Meter:
         for part, n in zip(rows.split(ROWS_AT_ONCE), lengths.split(ROWS_AT_ONCE)):
             original = self.images[part.to(self.images.device)].to(self.tokenizer.device)
             original = original.float().div(255) if original.dtype == torch.uint8 else original.float()
-            q = self.tokenizer.quantizer.ids_to_codes(self.data[part.to(self.data.device), : int(n.max())])
-            decoded = self.tokenizer.decode_latents(q, n.to(self.tokenizer.device)).float().clamp(0, 1)
+            n = n.to(self.tokenizer.device)
+            q = self.tokenizer.codes_of(self.data[part.to(self.data.device), : int(n.max())], n)
+            options = {"size": tuple(original.shape[-2:])} if self.tokenizer.any_size else {}
+            decoded = self.tokenizer.decode_latents(q, n, **options).float().clamp(0, 1)
             errors += (decoded - original).square().double().mean((1, 2, 3)).tolist()
             if self.distance is not None:
                 distances += self.distance(decoded, original).reshape(-1).double().tolist()
@@ -215,7 +217,7 @@ def lpips_on(device: torch.device) -> Distance:
     return Perceptual("vgg").to(device)
 
 
-def _rows(seq: TokenSequence) -> list[range]:
+def rows_of_images(seq: TokenSequence) -> list[range]:
     """Rows of the batch that belong to each original."""
     if seq.geometry is None:
         return [range(i, i + 1) for i in range(len(seq))]
@@ -228,14 +230,14 @@ def _rows(seq: TokenSequence) -> list[range]:
 
 def image_of(seq: TokenSequence, i: int) -> TokenSequence:
     """Image i alone, with its tiles."""
-    rows = _rows(seq)[i]
+    rows = rows_of_images(seq)[i]
     geometry = None if seq.geometry is None else seq.geometry[i : i + 1]
     return replace(replace(seq, geometry=None)[rows.start : rows.stop], geometry=geometry)
 
 
 def _cut(seq: TokenSequence, kept: Sequence[int]) -> TokenSequence:
     """Keep ``kept[i]`` tokens of every tile of image i, zero what follows."""
-    per_row = [k for rows, k in zip(_rows(seq), kept) for _ in rows]
+    per_row = [k for rows, k in zip(rows_of_images(seq), kept) for _ in rows]
     lengths = torch.tensor(per_row, dtype=torch.int64, device=seq.device)
     cut = seq[:, : max(per_row)]
     mask = torch.arange(cut.shape[1], device=seq.device) < lengths[:, None]

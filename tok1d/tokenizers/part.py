@@ -185,7 +185,7 @@ class Decoder(Part):
         dim: width of the codes it takes.
         options: keyword arguments of ``forward`` beyond codes and mask, of these names and meanings:
             ``window`` (top, left, size) renders only that square; ``size`` (height, width) of the image, for decoders of any
-            size; ``steps`` int and ``guidance`` float, for samplers; ``seeds`` int64 (B,), what makes the noise of each image,
+            size; ``steps`` int, ``guidance`` float and ``solver`` str, for samplers; ``seeds`` int64 (B,), what makes the noise of each image,
             so that an image is the same alone and in any batch; ``text`` float (B, T, W) encoded text.
         objective: what training compares: ``pixels`` (the picture it returns), or ``own``: pictures are sampled and
             training minimises :meth:`own_losses`.

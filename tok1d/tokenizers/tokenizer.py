@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,14 @@ class TokenizerOutput:
     """What a training forward returns.
 
     Attributes:
-        reconstruction: float (B, 3, H, W), not clamped.
+        reconstruction: float (B, 3, H, W), not clamped; None in training with a decoder that learns by losses of its own.
         ids: int64 (B, N), or None for continuous bottlenecks.
         lengths: int64 (B,) tokens kept of each image.
-        losses: unweighted scalar losses of the quantizer by log name.
+        losses: unweighted scalar losses of the quantizer, and of the decoder if it has its own, by log name.
         stats: detached scalars for logging.
     """
 
-    reconstruction: Tensor
+    reconstruction: Tensor | None
     ids: Tensor | None
     lengths: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class Tokenizer1D(nn.Module):
 
     @property
     def max_tokens(self) -> int:
-        return self.encoder.tokens
+        return self.quantizer.tokens_made(self.encoder.tokens)
 
     @property
     def token_lengths(self) -> list[int]:
@@ -103,6 +104,11 @@ class Tokenizer1D(nn.Module):
     @property
     def is_discrete(self) -> bool:
         return self.quantizer.vocab_size > 0
+
+    @property
+    def any_size(self) -> bool:
+        """Whether it takes other image sizes than ``image_size`` as they are (multiples of ``encoder.size_step``)."""
+        return self.encoder.size_step > 0 and "size" in self.decoder.options
 
     @property
     def vocab_size(self) -> int:
@@ -150,7 +156,8 @@ class Tokenizer1D(nn.Module):
             images: float (B, 3, H, W) or (3, H, W) in [0, 1], or uint8 in 0..255.
             tokens: how many to keep; None for all, or a :class:`tok1d.tokenizers.budget.Budget` (quality or byte target).
             policy: what to do with another size than ``image_size``: ``none`` (refuse), ``resize``, ``crop``, ``pad``, ``tile``.
-                The original size is recorded and undone by :meth:`decode`.
+                The original size is recorded and undone by :meth:`decode`. A model of any size takes allowed sizes as they
+                are with ``none``.
 
         Returns:
             TokenSequence with ids (B, n); for a budget, per-image lengths.
@@ -164,10 +171,11 @@ class Tokenizer1D(nn.Module):
         if not self.is_discrete:
             raise TokenError(f"{self.name} has a continuous bottleneck and no token ids; use encode_latents()")
         keep = self._check_tokens(tokens) if isinstance(tokens, int) else self.max_tokens
-        fitted, geometry = fit(self._check_images(images), self.image_size, policy)
+        images = self._check_images(images)
+        fitted, geometry = fit(images, self._working_size(images.shape[-2:], policy), policy)
         if fitted.dtype == torch.uint8:  # only now: resizing bytes is several times faster
             fitted = fitted.float().div_(255)
-        output = self.quantizer(self.encode_latents(fitted))
+        output = self.quantizer(self.encode_latents(fitted, keep))
         data = {"ids": output.ids} if output.bits is None else {"bits": output.bits}
         seq = TokenSequence(
             **{"ids": None, **data},
@@ -181,45 +189,114 @@ class Tokenizer1D(nn.Module):
         return tokens.apply(self, fitted, seq)
 
     @torch.inference_mode()
-    def decode(self, tokens: TokenSequence | Tensor) -> Tensor | list[Tensor]:
+    def decode(
+        self,
+        tokens: TokenSequence | Tensor,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: str | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        text: Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
         """Tokens to images.
 
         Args:
-            tokens: a TokenSequence (its size policy is undone), or int64 ids (B, n).
+            tokens: a TokenSequence (its size policy is undone), or int64 ids (B, n), or uint8 bits (B, n, d).
+            steps, guidance, solver: of decoders that sample (flow); their defaults if None.
+            seeds: of decoders with noise: one for every image, or one an image (a row of the batch); 0 if None. An image
+                comes out the same alone and in any batch.
+            size: (height, width) of the pictures, for decoders of any size; the size that was encoded if None.
+            text: float (B, T, W) encoded text, for decoders that read it.
 
         Returns:
             float32 (B, 3, H, W) in [0, 1]; where the originals differ in size, a list of B tensors (3, H, W).
 
         Raises:
-            TokenError: ids outside the vocabulary, too many tokens, or tokens of another model.
+            TokenError: ids outside the vocabulary, too many tokens, tokens of another model, or an argument this decoder
+                has no use for.
         """
         from tok1d.image_io import check_restorable, unfit
 
-        seq = tokens if isinstance(tokens, TokenSequence) else TokenSequence(tokens, vocab_size=self.vocab_size)
+        seq = tokens if isinstance(tokens, TokenSequence) else self._as_sequence(tokens)
         self._check_sequence(seq)
         check_restorable(seq.geometry or (), self.image_size)
+        options = {"steps": steps, "guidance": guidance, "solver": solver, "seeds": _per_row(seeds, len(seq)), "text": text}
+        sizes = self._sizes(seq, size)
+        if len(set(sizes)) > 1:
+            return self._decode_apart(seq, sizes, options)
         seq = seq.to(self.device)
         lengths = seq.lengths
         assert lengths is not None
         seq = seq[:, : int(lengths.max()) if len(lengths) else 0]
-        q = self.quantizer.ids_to_codes(seq.data)
-        images = self.decode_latents(q, lengths).float().clamp(0, 1)
+        q = self.codes_of(seq.data, lengths)
+        images = self.decode_latents(q, lengths, size=sizes[0] if sizes else None, **options).float().clamp(0, 1)
         return images if seq.geometry is None else unfit(images, seq.geometry)
 
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """Float (B, 3, H, W) in [0, 1] at ``image_size`` → float (B, N, D) before quantization."""
-        return self.encoder(images.to(self.device, self.dtype)).float()
+    def _decode_apart(
+        self, seq: TokenSequence, sizes: list[tuple[int, int] | None], options: dict[str, Any]
+    ) -> Tensor | list[Tensor]:
+        """Images of several sizes: those of one size together."""
+        from tok1d.tokenizers.budget import rows_of_images
 
-    def decode_latents(
-        self, q: Tensor, lengths: Tensor | None = None, window: tuple[int, int, int] | None = None
-    ) -> Tensor:
-        """Float (B, n, D) codes, int64 (B,) lengths → float (B, 3, H, W), not clamped."""
-        mask = None if lengths is None else token_mask(lengths, q.shape[1])
-        extra = {} if window is None else {"window": window}
-        return self.decoder(q.to(self.dtype), mask, **extra)
+        assert seq.geometry is not None
+        images: dict[int, Tensor] = {}
+        spans = rows_of_images(seq)
+        for size in dict.fromkeys(sizes):
+            chosen = [i for i, rows in enumerate(spans) if sizes[rows.start] == size]
+            rows = [r for i in chosen for r in spans[i]]
+            part = replace(replace(seq, geometry=None)[rows], geometry=tuple(seq.geometry[i] for i in chosen))
+            some = {k: v[rows] if isinstance(v, Tensor) else v for k, v in options.items()}
+            images |= zip(chosen, self.decode(part, **some))
+        ordered = [images[i] for i in range(len(images))]
+        return torch.stack(ordered) if len({image.shape for image in ordered}) == 1 else ordered
+
+    def encode_latents(self, images: Tensor, tokens: int | None = None) -> Tensor:
+        """Float (B, 3, H, W) in [0, 1] at ``image_size`` → float (B, N, D) before quantization.
+
+        Args:
+            images: as above.
+            tokens: how many will be kept: encoders that can then compute no more than those.
+        """
+        only = {"tokens": tokens} if self.encoder.prefix and tokens is not None and not self.quantizer.whole else {}
+        return self.encoder(images.to(self.device, self.dtype), **only).float()
+
+    def codes_of(self, data: Tensor, lengths: Tensor) -> Tensor:
+        """Codes for the decoder.
+
+        Args:
+            data: int64 ids (B, n) or uint8 bits (B, n, d).
+            lengths: int64 (B,) how many of them count in each row.
+
+        Returns:
+            float32 (B, n, D), or (B, N, D) from a quantizer whose tokens refine all latents.
+        """
+        if not self.quantizer.whole or len(data) == 0:
+            return self.quantizer.ids_to_codes(data)
+        rows = [self.quantizer.ids_to_codes(row[None, :n]) for row, n in zip(data, lengths.tolist())]
+        return torch.cat(rows)
+
+    def decode_latents(self, q: Tensor, lengths: Tensor | None = None, **options: Any) -> Tensor:
+        """Float (B, n, D) codes, int64 (B,) lengths → float (B, 3, H, W), not clamped.
+
+        Args:
+            q: codes.
+            lengths: how many count in each row; all if None.
+            options: of the decoder (``Decoder.options``); None means its default.
+
+        Raises:
+            TokenError: an option this decoder does not have.
+        """
+        mask = None if lengths is None or self.quantizer.whole else token_mask(lengths, q.shape[1])
+        return self.decoder(q.to(self.dtype), mask, **self._check_options(options))
 
     def forward(
-        self, images: Tensor, lengths: Tensor | None = None, window: tuple[int, int, int] | None = None
+        self,
+        images: Tensor,
+        lengths: Tensor | None = None,
+        window: tuple[int, int, int] | None = None,
+        generator: torch.Generator | None = None,
     ) -> TokenizerOutput:
         """Reconstruct with gradient; in training mode the length rule draws how many tokens each image keeps.
 
@@ -227,19 +304,28 @@ class Tokenizer1D(nn.Module):
             images: float (B, 3, H, W) in [0, 1] at ``image_size``.
             lengths: int64 (B,) to keep instead of drawing them.
             window: (top, left, size) to render only that square, for decoders that can.
+            generator: of what a decoder with losses of its own draws (times, noise); the global one if None.
         """
         batch, device = len(images), images.device
         if lengths is None:
             full = torch.full((batch,), self.max_tokens, dtype=torch.int64)
             lengths = self.lengths.sample(batch, self.max_tokens) if self.training else full
         # Questions about lengths that were drawn on the CPU are answered there: the GPU is never waited for.
-        longest, mask = int(lengths.max()), token_mask(lengths, self.max_tokens)
-        given = token_mask(lengths, longest)
+        mask = token_mask(lengths, self.max_tokens)
         output = self.quantizer(self.encoder(images), None if mask is None else mask.to(device))
-        q = output.q[:, :longest].to(self.dtype)
-        extra = {} if window is None else {"window": window}
-        reconstruction = self.decoder(q, None if given is None else given.to(device), **extra)
-        return TokenizerOutput(reconstruction, output.ids, lengths.to(device), output.losses, output.stats)
+        if self.quantizer.whole:
+            q, given = output.q.to(self.dtype), None
+        else:
+            longest = int(lengths.max())
+            given = token_mask(lengths, longest)
+            q, given = output.q[:, :longest].to(self.dtype), None if given is None else given.to(device)
+        losses, reconstruction = output.losses, None
+        if self.training and self.decoder.objective == "own":
+            losses = {**losses, **self.decoder.own_losses(q, given, images, generator)}
+        else:
+            size = tuple(images.shape[-2:]) if self.any_size else None
+            reconstruction = self.decoder(q, given, **self._check_options({"window": window, "size": size}))
+        return TokenizerOutput(reconstruction, output.ids, lengths.to(device), losses, output.stats)
 
     # checks at the border ----------------------------------------------------------------------------------------
 
@@ -259,6 +345,44 @@ class Tokenizer1D(nn.Module):
                 "Divide uint8-like values by 255, map [-1, 1] by (x + 1) / 2"
             )
         return images
+
+    def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options that are given, all of which the decoder must have."""
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given:
+            if name not in self.decoder.options:
+                known = ", ".join(self.decoder.options) or "none"
+                raise TokenError(f"the decoder of {self.name} ({type(self.decoder).__name__}) has no option {name!r}; its options: {known}")
+        return given
+
+    def _working_size(self, size: Sequence[int], policy: str) -> tuple[int, int]:
+        """The size images of ``size`` are encoded at."""
+        step, most = self.encoder.size_step, self.encoder.size_limit
+        if policy != "none" or not self.any_size or tuple(size) == self.image_size:
+            return self.image_size
+        if any(n % step or not 0 < n <= most for n in size):
+            raise ImageError(
+                f"{self.name} takes sides that are multiples of {step} up to {most} pixels, got {size[0]}×{size[1]} (height×width). "
+                f'Choose --resize, --crop, --pad or --tile (in Python: policy="resize"), which bring it to {self.image_size[0]}×{self.image_size[1]}'
+            )
+        return int(size[0]), int(size[1])
+
+    def _sizes(self, seq: TokenSequence, size: tuple[int, int] | None) -> list[tuple[int, int] | None]:
+        """What every row is decoded at; None: the decoder's own size."""
+        if size is not None:
+            self._check_options({"size": size})
+            if seq.geometry is not None and any(g.policy != "none" for g in seq.geometry):
+                raise TokenError("size= is for tokens of images that were not resized, cropped, padded or tiled: their own size is restored")
+            return [(int(size[0]), int(size[1]))] * len(seq)
+        if seq.geometry is None or not self.any_size:
+            return [None] * len(seq)
+        return [self._working_size((g.height, g.width), g.policy) for g in seq.geometry for _ in range(g.tiles)]
+
+    def _as_sequence(self, data: Tensor) -> TokenSequence:
+        """Bare ids or bits."""
+        if data.dtype == torch.uint8 and data.ndim == 3:
+            return TokenSequence(None, self.vocab_size, bits=data)
+        return TokenSequence(data, self.vocab_size)
 
     def _check_tokens(self, tokens: int) -> int:
         if tokens not in self.token_lengths:
@@ -284,9 +408,16 @@ class Tokenizer1D(nn.Module):
         for n in set(seq.lengths.tolist()):
             self._check_tokens(n)
         if seq.ids is not None and seq.ids.numel():
+            if self.vocab_size > 2**62:
+                raise TokenError(f"{self.name} has codes of {self.bits_per_token} bits: give bits, uint8 (B, n, {self.bits_per_token}), not ids")
             low, high = int(seq.ids.min()), int(seq.ids.max())
             if low < 0 or high >= self.vocab_size:
                 raise TokenError(f"ids must be in [0, {self.vocab_size}), got {low}..{high}")
+        if seq.bits is not None:
+            if self.vocab_size <= 2**62:
+                raise TokenError(f"{self.name} has ids below {self.vocab_size}, not bits: give int64 ids (B, n)")
+            if seq.bits.shape[2] != self.bits_per_token or (seq.bits.numel() and int(seq.bits.max()) > 1):
+                raise TokenError(f"{self.name} has bits (B, n, {self.bits_per_token}) of 0 and 1, got {tuple(seq.bits.shape)} up to {seq.bits.max()}")
 
     # disk --------------------------------------------------------------------------------------------------------
 
@@ -366,6 +497,16 @@ class Tokenizer1D(nn.Module):
         model.eval().requires_grad_(False)
         model._model_id = _fingerprint(model.to_config(), blob)
         return model
+
+
+def _per_row(seeds: int | Sequence[int] | Tensor | None, rows: int) -> Tensor | None:
+    """int64 (rows,), one seed a row."""
+    if seeds is None:
+        return None
+    values = [seeds] * rows if isinstance(seeds, int) else [int(s) for s in seeds]
+    if len(values) != rows or not all(0 <= s < 2**63 for s in values):
+        raise TokenError(f"seeds must be one integer in [0, 2^63), or one for each of the {rows} images (tiles count), got {seeds!r:.100}")
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _plain_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ uninterrupted one would have. Shapes: B images of H × W pixels, N tokens.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from pathlib import Path
@@ -197,7 +196,7 @@ class ReconstructionTask(lightning.LightningModule):
         for k in self.val_tokens:
             if k not in tokenizer.token_lengths:
                 raise UsageError(f"val_tokens: {tokenizer.name} has no {k} tokens, only {_span(tokenizer.token_lengths)}")
-        if self.window and "window" not in inspect.signature(tokenizer.decoder.forward).parameters:
+        if self.window and "window" not in tokenizer.decoder.options:
             raise UsageError(f"window: {type(tokenizer.decoder).__name__} renders whole images only; set window: 0")
         if self.window % 8 or not 0 <= self.window <= min(height, width):
             raise UsageError(f"window must be a multiple of 8 up to {min(height, width)} pixels, or 0; got {self.window}")

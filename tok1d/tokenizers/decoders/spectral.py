@@ -103,6 +103,8 @@ class SpectralDecoder(Decoder):
         condition: width of the embedding of the number of tokens.
     """
 
+    options = ("window",)
+
     def __init__(
         self,
         tokens: int,
