@@ -78,8 +78,12 @@ class QuantizerContract:
         for value in (*out.losses.values(), *out.stats.values()):
             assert value.ndim == 0 and value.isfinite()
         assert not any(v.requires_grad for v in out.stats.values())
-        if quantizer.vocab_size:
-            assert out.ids.dtype == torch.int64 and out.ids.shape == z.shape[:2]
+        if quantizer.vocab_size > 2**62:
+            assert out.ids is None and out.bits.dtype == torch.uint8 and out.bits.max() <= 1
+            assert out.bits.shape == (*z.shape[:2], quantizer.bits_per_token)
+            assert len(out.bits.flatten(0, 1).unique(dim=0)) > 2, "the dummy latents should meet several codes: set scale"
+        elif quantizer.vocab_size:
+            assert out.bits is None and out.ids.dtype == torch.int64 and out.ids.shape == z.shape[:2]
             assert out.ids.min() >= 0 and out.ids.max() < quantizer.vocab_size
             assert len(out.ids.unique()) > 2, "the dummy latents should meet several codes: set scale"
 
@@ -88,9 +92,15 @@ class QuantizerContract:
         if not quantizer.vocab_size:
             pytest.skip("a continuous bottleneck has no ids")
         out = quantizer(self.latents())
-        assert torch.equal(quantizer.ids_to_codes(out.ids), out.q)
-        assert torch.equal(quantizer.codes_to_ids(out.q), out.ids)
-        some = torch.randint(min(quantizer.vocab_size, 2**62), (2, 4), generator=torch.Generator().manual_seed(0))
+        data = out.ids if out.bits is None else out.bits
+        assert torch.equal(quantizer.ids_to_codes(data), out.q)
+        again = quantizer.codes_to_ids(out.q)
+        assert again.dtype == data.dtype and torch.equal(again, data)
+        rng = torch.Generator().manual_seed(0)
+        if out.bits is None:
+            some = torch.randint(quantizer.vocab_size, (2, 4), generator=rng)
+        else:
+            some = torch.randint(2, (2, 4, out.bits.shape[-1]), generator=rng, dtype=torch.uint8)
         assert torch.equal(quantizer.codes_to_ids(quantizer.ids_to_codes(some)), some)
 
     def test_prefix_equals_slice(self):
@@ -114,6 +124,8 @@ class QuantizerContract:
             assert torch.equal(one, other) and (one[~self.mask()] == 0).all() and (one[self.mask()] != 0).any()
         if a.ids is not None:
             assert torch.equal(a.ids, b.ids) and (a.ids[~self.mask()] == 0).all()
+        if a.bits is not None:
+            assert torch.equal(a.bits, b.bits) and (a.bits[~self.mask()] == 0).all() and (a.bits[self.mask()] != 0).any()
         for one, other in ((a.losses, b.losses), (a.stats, b.stats), (state_a, state_b)):
             assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 

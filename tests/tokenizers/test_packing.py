@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from tok1d.errors import ModelError, TokenError
 from tok1d.tokenizers.quantizers.packing import (
     bits_to_digits,
+    bits_to_tokens,
     digit_bits,
     digits_to_bits,
+    digits_to_tokens,
     fits_id,
     pack_bits,
     pack_digits,
+    tokens_to_bits,
+    tokens_to_digits,
     unpack_bits,
     unpack_digits,
 )
@@ -79,6 +83,16 @@ def test_every_id_of_a_small_vocabulary():
     assert len(digits.flatten(0, 1).unique(dim=0)) == 60 and torch.equal(pack_digits(digits, sizes), ids)
     assert digits[0, :5, 0].tolist() == [0, 1, 2, 3, 0], "the first digit is the fastest"
     assert torch.equal(bits_to_digits(digits_to_bits(digits, sizes), sizes), digits)
+
+
+@pytest.mark.parametrize("width", [1, 62, 63, 64, 96, 128])
+def test_tokens_are_ids_up_to_62_bits(width):
+    bits = torch.randint(2, (2, 3, width), generator=torch.Generator().manual_seed(width), dtype=torch.uint8)
+    tokens = bits_to_tokens(bits.bool())
+    assert (tokens.shape, tokens.dtype) == ((2, 3), torch.int64) if width <= 62 else ((2, 3, width), torch.uint8)
+    assert torch.equal(tokens_to_bits(tokens, width), bits)
+    sizes = [2] * width
+    assert torch.equal(tokens_to_digits(digits_to_tokens(bits.long(), sizes), sizes), bits.long())
 
 
 def test_what_does_not_fit_is_refused():

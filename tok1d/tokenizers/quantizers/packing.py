@@ -128,6 +128,29 @@ def unpack_bits(ids: Tensor, width: int) -> Tensor:
     return (ids[..., None] >> _shifts(width, ids.device) & 1).to(torch.uint8)
 
 
+def digits_to_tokens(digits: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What a quantizer returns for digits (..., G): int64 ids (...) while they fit, else uint8 bits (..., d)."""
+    return pack_digits(digits, sizes) if fits_id(sizes) else digits_to_bits(digits, sizes)
+
+
+def tokens_to_digits(tokens: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Inverse of :func:`digits_to_tokens`."""
+    return unpack_digits(tokens, sizes) if fits_id(sizes) else bits_to_digits(tokens, sizes)
+
+
+def bits_to_tokens(bits: Tensor) -> Tensor:
+    """What a quantizer returns for bits (..., d) of 0/1 or bool: int64 ids (...) if d ≤ 62, else the bits as uint8."""
+    return pack_bits(bits) if bits.shape[-1] <= MAX_BITS else bits.to(torch.uint8)
+
+
+def tokens_to_bits(tokens: Tensor, width: int) -> Tensor:
+    """Inverse of :func:`bits_to_tokens`: ids (...) or bits (..., width) → uint8 (..., width)."""
+    if width <= MAX_BITS:
+        return unpack_bits(tokens, width)
+    _check_width("bits", tokens, width)
+    return tokens
+
+
 def _shifts(width: int, device: torch.device) -> Tensor:
     if width > MAX_BITS:
         raise TokenError(f"{width} bits do not fit an id: ids hold at most {MAX_BITS}. Keep the bits as they are")
