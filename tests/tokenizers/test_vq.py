@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.contract.parts import QuantizerContract
 from tests.golden.read import read, sub, tokens_last
 from tok1d.errors import ModelError
-from tok1d.tokenizers.quantizers import vq as vq_module
+from tok1d.tokenizers.quantizers import vq_search
 from tok1d.tokenizers.quantizers.vq import VQ
 
 CLASS = {"class": "tok1d.tokenizers.quantizers.vq.VQ", "vocab_size": 24, "dim": 5}
@@ -111,7 +111,7 @@ def test_nearest_code_in_chunks(l2, codes, monkeypatch):
     vq, z = filled(torch.randn(codes, 3), l2=l2), torch.randn(4, 33, 3)
     distance = torch.cdist(F.normalize(z, dim=-1), F.normalize(vq.codebook, dim=-1)) if l2 else torch.cdist(z, vq.codebook)
     for pairs in (2**22, codes * 7, 1):  # all at once, 7 tokens at a time, one
-        monkeypatch.setattr(vq_module, "PAIRS_CPU", pairs)
+        monkeypatch.setattr(vq_search, "PAIRS_CPU", pairs)
         assert torch.equal(vq.codes_to_ids(z), distance.argmin(-1))
 
 

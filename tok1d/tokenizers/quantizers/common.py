@@ -53,3 +53,37 @@ def usage_stats(counts: Tensor) -> dict[str, Tensor]:
     share = counts / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(share, share).sum()
     return {"usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
+
+
+def kept_only(z: Tensor, mask: Tensor | None) -> Tensor:
+    """Float (B, N, D) as float32, zero where the mask is False: whatever stood there, even nan, is gone from here on."""
+    z = z.float()
+    return z if mask is None else z.masked_fill(~mask[..., None], 0)
+
+
+def kept_rows(z: Tensor, mask: Tensor | None) -> Tensor:
+    """Float (B, N, D) → (m, D), the kept ones."""
+    return z.flatten(0, 1) if mask is None else z[mask]
+
+
+def straight_through(z: Tensor, codes: Tensor) -> Tensor:
+    """The value of ``codes`` to the last bit, the gradient of ``z``."""
+    return codes.detach() + (z - z.detach())
+
+
+def rotated(z: Tensor, codes: Tensor) -> Tensor:
+    """The value of ``codes`` to the last bit, with the gradient of the rotation and stretch that take z there.
+
+    The rotation trick, https://arxiv.org/abs/2410.06424, eq. 4: q = s R z with s = |q| / |z| and
+    R = I - 2 w wᵀ + 2 q̂ ûᵀ constant, where û and q̂ are the directions of z and q and w that of û + q̂. The gradient of z
+    is s Rᵀ times that of q: its angle to z is that of the incoming gradient to q. A latent of zero has no direction; it
+    gets the straight-through gradient.
+    """
+    with torch.no_grad():
+        length = z.norm(dim=-1, keepdim=True)
+        stretch = codes.norm(dim=-1, keepdim=True) / length.clamp(min=1e-12)
+        u, v = (x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (z, codes))
+        w = u + v
+        w = w / w.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    turned = z - 2 * w * (w * z).sum(-1, keepdim=True) + 2 * v * (u * z).sum(-1, keepdim=True)
+    return straight_through(torch.where(length > 1e-12, stretch * turned, z), codes)
