@@ -207,6 +207,9 @@ class Decoder(Part):
         ``mask=None`` means that all n tokens are given. A masked position must not influence the image.
         """
 
+    def attach(self, encoder: Encoder) -> None:
+        """Called once by the tokenizer with the encoder beside this decoder, which may hold what training needs."""
+
     def own_losses(
         self, q: Tensor, mask: Tensor | None, images: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

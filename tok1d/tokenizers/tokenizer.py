@@ -81,6 +81,7 @@ class Tokenizer1D(nn.Module):
         if getattr(decoder, "dim", quantizer.code_dim) != quantizer.code_dim:
             raise ModelError(f"the quantizer makes codes of width {quantizer.code_dim}, the decoder takes {decoder.dim}")
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        decoder.attach(encoder)
         self.lengths = FixedLength() if lengths is None else lengths
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.name = name
