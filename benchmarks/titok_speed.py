@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tok1d import __version__
 from tok1d.tokenizers.decoders.grid import GridDecoder
 from tok1d.tokenizers.encoders.titok import TiTokEncoder
-from tok1d.tokenizers.official.titok import export_official
+from tok1d.tokenizers.official.layout import export_state
+from tok1d.tokenizers.official.titok import TITOK
 from tok1d.tokenizers.quantizers.vq import VQ
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 
@@ -150,7 +151,7 @@ def build(name: str) -> tuple[Tokenizer1D, Reference]:
         ours.quantizer.codebook.normal_().mul_(z.std(0)).add_(z.mean(0))
     with torch.device("meta"):
         reference = Reference(encoder, decoder, tokens)
-    reference.load_state_dict(export_official(ours), assign=True)
+    reference.load_state_dict(export_state(TITOK, ours), assign=True)
     return ours, reference.eval().requires_grad_(False)
 
 

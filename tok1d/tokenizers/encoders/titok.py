@@ -62,9 +62,13 @@ class TiTokEncoder(Encoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Float (B, 3, H, W) in [0, 1] → float (B, N, D)."""
+        return self.proj(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Float (B, 3, H, W) in [0, 1] → float (B, N, W), the outputs at the queries."""
         batch = images.shape[0]
         patches = self.patch_embed(patchify(images, self.patch_size)) + self.positions[1:]
         first = (self.class_token + self.positions[:1]).expand(batch, -1, -1)
         queries = (self.latents + self.latent_positions).expand(batch, -1, -1)
         x = torch.cat([first, patches, queries], dim=1)  # (B, 1 + P + N, W)
-        return self.proj(self.transformer(x, slice(-self.tokens, None)))
+        return self.transformer(x, slice(-self.tokens, None))

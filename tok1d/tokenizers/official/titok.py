@@ -1,39 +1,49 @@
-"""Published one-stage TiTok weights (VQ and VAE) to our parts and back, one table for both directions.
+"""Published weights of the TiTok family to our parts and back: TiTok (one and two stages), One-D-Piece, TA-TiTok.
 
-Weights: yucornetto/tokenizer_titok_{bl64,bl128,sl256}_vq8k_imagenet and …_{ll32,bl64,bl128}_vae_c16_imagenet on the Hub
-(``model.safetensors`` + ``config.json``), code: bytedance/1d-tokenizer (Apache-2.0). Sizes are read off the tensor shapes;
-heads, which no weight shows, are 64 wide in every release.
+On the Hub: yucornetto/tokenizer_titok_* and fun-research/TiTok (code bytedance/1d-tokenizer), turkeyju/tokenizer_tatitok_*
+(same code), turing-motors/One-D-Piece-* (code turingmotors/One-D-Piece); all code Apache-2.0. Sizes are read off the tensor
+shapes; heads, which no weight shows, are 64 wide in every release, and so is what a configuration does not say by default.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from tok1d.errors import ModelError
-from tok1d.tokenizers.decoders.grid import GridDecoder
+from tok1d.tokenizers.decoders.grid import GridDecoder, TextGridDecoder
 from tok1d.tokenizers.encoders.titok import TiTokEncoder
-from tok1d.tokenizers.lengths import FixedLength
+from tok1d.tokenizers.official.layout import Layout, Place, Shapes, module_path, shape_of
+from tok1d.tokenizers.official.maskgit_vqgan import (
+    MASKGIT_VQGAN,
+    branch,
+    decoder_places,
+    decoder_sizes,
+    maskgit_vqgan_config,
+)
+from tok1d.tokenizers.official.titok_configs import legacy_config, tatitok_config, titok_config
+from tok1d.tokenizers.official.titok_legacy import LegacyTiTokEncoder, ProxyCodeDecoder
 from tok1d.tokenizers.quantizers.kl import KL
 from tok1d.tokenizers.quantizers.vq import VQ
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 
-# published name → ours; names without a dot at the end stand for one tensor, "x." for x.weight and x.bias
+__all__ = ["LAYOUTS", "legacy_config", "maskgit_vqgan_config", "tatitok_config", "titok_config"]
+
+FAMILY = "TiTok"
+
+# published name → ours; a name that ends with a dot stands for its weight and bias
 ENCODER = {
     "latent_tokens": "encoder.latents",
     "encoder.patch_embed.": "encoder.patch_embed.",
     "encoder.conv_out.": "encoder.proj.",
 }
-DECODER = {
-    "decoder.mask_token": "decoder.mask_token",
-    "decoder.decoder_embed.": "decoder.embed.",
-    "decoder.ffn.0.": "decoder.to_pixels.",
-    "decoder.conv_out.": "decoder.smooth.",
+DECODER = {"decoder.mask_token": "decoder.mask_token", "decoder.decoder_embed.": "decoder.embed."}
+PIXEL_HEAD = {"decoder.ffn.0.": "decoder.to_pixels.", "decoder.conv_out.": "decoder.smooth."}
+PROXY_HEAD = {"decoder.ffn.0.": "decoder.hidden.", "decoder.ffn.2.": "decoder.to_logits."}
+TEXT = {
+    "decoder.text_guidance_proj.": "decoder.text_embed.",
+    "decoder.text_guidance_positional_embedding": "decoder.text_positions",
 }
 BOTH = {
     "class_embedding": "class_token",
@@ -51,183 +61,182 @@ BLOCK = {
     "mlp.c_fc.": "mlp.fc1.",
     "mlp.c_proj.": "mlp.fc2.",
 }
-CODEBOOK = {"quantize.embedding.weight": "quantizer.codebook"}
-
-# the same numbers under another shape: convolutions over whole patches and 1×1 are linear layers here
-RESHAPED = ("encoder.patch_embed.weight", "encoder.conv_out.weight", "decoder.ffn.0.weight", "decoder.mask_token")
-
-# may stand in a file without a place here: usage statistics of a clustering codebook, not used at inference
-IGNORED = ("quantize.embed_prob",)
-
-SUPPORTED = "Supported now: one-stage TiTok (latents projected one by one, pixels from the decoder), VQ or VAE"
 
 
-def key_map(encoder_depth: int, decoder_depth: int, codebook: bool) -> dict[str, str]:
-    """Published key → our key for a whole model."""
-    pairs = {**ENCODER, **DECODER, **(CODEBOOK if codebook else {})}
-    for side, depth in (("encoder.", encoder_depth), ("decoder.", decoder_depth)):
+# published shapes → configuration ------------------------------------------------------------------------------------
+
+
+def _sizes(shapes: Shapes) -> dict[str, Any]:
+    """The arguments of :func:`titok_config` that every state dict of the family shows."""
+    tokens, encoder_width = shape_of(shapes, "latent_tokens", 2, FAMILY)
+    patch_size = shape_of(shapes, "encoder.patch_embed.weight", 4, FAMILY)[2]
+    decoder_width, dim = shape_of(shapes, "decoder.decoder_embed.weight", 2, FAMILY)
+    image_size = _grid(shapes, "encoder") * patch_size
+    decoder_patch_size, left = divmod(image_size, _grid(shapes, "decoder"))
+    if left or not patch_size:
+        raise ModelError(f"the encoder works at {image_size} pixels, the decoder on {_grid(shapes, 'decoder')}² patches: not a {FAMILY}")
+    codes = 0
+    if "quantize.embedding.weight" in shapes:
+        codes = shape_of(shapes, "quantize.embedding.weight", 2, FAMILY)[0]
+    return {
+        "encoder": (encoder_width, _depth(shapes, "encoder")),
+        "decoder": (decoder_width, _depth(shapes, "decoder")),
+        "tokens": tokens,
+        "vocab_size": codes,
+        "dim": dim,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "decoder_patch_size": decoder_patch_size,
+    }
+
+
+def _grid(shapes: Shapes, side: str) -> int:
+    positions = shape_of(shapes, f"{side}.positional_embedding", 2, FAMILY)[0] - 1
+    rows = math.isqrt(max(0, positions))
+    if rows * rows != positions or not rows:
+        raise ModelError(f"'{side}.positional_embedding' has {positions} patch positions, which is no square grid")
+    return rows
+
+
+def _depth(shapes: Shapes, side: str) -> int:
+    return sum(key.startswith(f"{side}.transformer.") and key.endswith(".ln_1.weight") for key in shapes)
+
+
+def _vq_model(published: dict[str, Any]) -> dict[str, Any]:
+    """The part of a published configuration tree that describes the tokenizer."""
+    return branch(published, "model", "vq_model") or branch(published, "vq_model")
+
+
+def _l2(published: dict[str, Any], default: bool) -> bool:
+    l2 = _vq_model(published).get("use_l2_norm", default)
+    return l2 if isinstance(l2, bool) else default
+
+
+def _titok(shapes: Shapes, published: dict[str, Any], name: str) -> dict[str, Any]:
+    return titok_config(name, l2=_l2(published, False), **_sizes(shapes))
+
+
+def _tatitok(shapes: Shapes, published: dict[str, Any], name: str) -> dict[str, Any]:
+    text_tokens = shape_of(shapes, "decoder.text_guidance_positional_embedding", 2, FAMILY)[0]
+    text_dim = shape_of(shapes, "decoder.text_guidance_proj.weight", 2, FAMILY)[1]
+    return tatitok_config(name, l2=_l2(published, False), text_tokens=text_tokens, text_dim=text_dim, **_sizes(shapes))
+
+
+def _legacy(shapes: Shapes, published: dict[str, Any], name: str) -> dict[str, Any]:
+    sizes = _sizes(shapes)
+    if not sizes["vocab_size"]:
+        raise ModelError(f"'quantize.embedding.weight' is missing among {len(shapes)} tensors: two-stage TiTok has a codebook")
+    strict = _vq_model(published).get("strict_length_assertion") is not False
+    nested = not strict or sizes["tokens"] == 256 or "one-d-piece" in name.lower().replace("_", "-")
+    sizes["proxy_codes"] = shape_of(shapes, "decoder.ffn.2.weight", 4, FAMILY)[0]
+    sizes["pixels"] = "pixel_quantize.embedding.weight" in shapes
+    if sizes["pixels"]:
+        pixel = decoder_sizes(shapes, "pixel_decoder.")
+        sizes["proxy_dim"] = pixel.pop("dim")
+        sizes |= {f"pixel_{key}": value for key, value in pixel.items()}
+    return legacy_config(name, l2=_l2(published, True), nested=nested, **sizes)
+
+
+# configuration → places, and back ------------------------------------------------------------------------------------
+
+
+def _places(config: dict[str, Any], head: dict[str, str]) -> dict[str, Place]:
+    encoder, decoder = config["encoder"], config["decoder"]
+    pairs = {**ENCODER, **DECODER, **head}
+    for side, part in (("encoder.", encoder), ("decoder.", decoder)):
         pairs |= {side + theirs: side + ours for theirs, ours in BOTH.items()}
-        for i in range(depth):
+        for i in range(part["depth"]):
             theirs, ours = f"{side}transformer.{i}.", f"{side}transformer.blocks.{i}."
             pairs |= {theirs + a: ours + b for a, b in BLOCK.items()}
-    whole = {}
+    places = {}
     for theirs, ours in pairs.items():
         for end in ("weight", "bias") if theirs.endswith(".") else ("",):
-            whole[theirs + end] = ours + end
-    return whole
-
-
-def infer(state: dict[str, Tensor], *, l2: bool = False, name: str = "titok") -> dict[str, Any]:
-    """Configuration of the Tokenizer1D that published weights belong to.
-
-    Args:
-        state: published state dict.
-        l2: whether the codebook is compared by cosine, which weights cannot tell; no published one-stage model does.
-        name: of the tokenizer.
-
-    Raises:
-        ModelError: another family or layout.
-    """
-    if "decoder.ffn.2.weight" in state:
-        raise ModelError(f"these weights have the two-stage (legacy) TiTok layout, which is not supported yet. {SUPPORTED}")
-    if "decoder.text_guidance_proj.weight" in state:
-        raise ModelError(f"these weights are a text-aware TA-TiTok, which is not supported yet. {SUPPORTED}")
-    tokens, encoder_width = _shape(state, "latent_tokens", 2)
-    rows, _, patch_size, _ = _shape(state, "encoder.patch_embed.weight", 4)
-    latent_dim = _shape(state, "encoder.conv_out.weight", 4)[0]
-    decoder_width, code_dim = _shape(state, "decoder.decoder_embed.weight", 2)
-    out_patch = math.isqrt(_shape(state, "decoder.ffn.0.weight", 4)[0] // 3)
-    in_size = _grid(state, "encoder.positional_embedding") * patch_size
-    out_size = _grid(state, "decoder.positional_embedding") * out_patch
-    if in_size != out_size or rows != encoder_width:
-        raise ModelError(f"the encoder works at {in_size} pixels, the decoder at {out_size}: not a one-stage TiTok. {SUPPORTED}")
-    if "quantize.embedding.weight" in state:
-        codes = _shape(state, "quantize.embedding.weight", 2)[0]
-        quantizer = {"class": _path(VQ), "vocab_size": codes, "dim": code_dim, "l2": l2}
-    else:
-        quantizer = {"class": _path(KL), "dim": 2 * code_dim}
-    sides = {
-        "encoder": {"class": _path(TiTokEncoder), "dim": latent_dim, "width": encoder_width, "patch_size": patch_size},
-        "decoder": {"class": _path(GridDecoder), "dim": code_dim, "width": decoder_width, "patch_size": out_patch},
+            places[theirs + end] = Place(ours + end)
+    # the same numbers in another shape: convolutions over whole patches and of 1×1 are linear layers here
+    p, width, decoder_width = encoder["patch_size"], encoder["width"], decoder["width"]
+    shapes = {
+        "encoder.patch_embed.weight": (width, 3, p, p),
+        "encoder.conv_out.weight": (encoder["dim"], width, 1, 1),
+        "decoder.mask_token": (1, 1, decoder_width),
+        "decoder.ffn.0.weight": (3 * decoder["patch_size"] ** 2, decoder_width, 1, 1),
     }
-    for side, part in sides.items():
-        part |= {"tokens": tokens, "depth": _depth(state, side), "image_size": [in_size, in_size]}
-    return {
-        "_class_name": "Tokenizer1D",
-        "name": name,
-        "image_size": [in_size, in_size],
-        "quantizer": quantizer,
-        "lengths": {"class": _path(FixedLength)},
-        **sides,
-    }
+    if head is PROXY_HEAD:
+        shapes["decoder.ffn.0.weight"] = (2 * decoder_width, decoder_width, 1, 1)
+        shapes["decoder.ffn.2.weight"] = (decoder["proxy_codes"], 2 * decoder_width, 1, 1)
+    places |= {key: Place(places[key].name, shape) for key, shape in shapes.items()}
+    if config["quantizer"]["class"] == module_path(VQ):
+        places["quantize.embedding.weight"] = Place("quantizer.codebook")
+    return places
 
 
-def load_official(source: str | Path | dict[str, Tensor], *, l2: bool | None = None, name: str | None = None) -> Tokenizer1D:
-    """Build a tokenizer from published one-stage TiTok weights, in eval mode.
-
-    Args:
-        source: a folder with ``model.safetensors`` (``config.json`` beside it is read for ``use_l2_norm``), a
-            safetensors file, or a state dict (its float32 tensors are shared, not copied).
-        l2: whether the codebook is compared by cosine; None takes ``config.json``, else False.
-        name: of the tokenizer; the folder or file by default.
-
-    Raises:
-        ModelError: files that cannot be read, another family, missing or unexpected tensors.
-    """
-    if isinstance(source, dict):
-        state, published, found = source, {}, "titok"
-    else:
-        state, published, found = _read(Path(source))
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    config = infer(state, l2=published.get("use_l2_norm") is True if l2 is None else l2, name=name or found)
-    with torch.device("meta"):  # random weights of half a billion parameters take longer than reading them
-        tokenizer = Tokenizer1D.from_config(config)
-    names = key_map(config["encoder"]["depth"], config["decoder"]["depth"], tokenizer.is_discrete)
-    missing = sorted(names.keys() - state.keys())
-    unexpected = sorted(state.keys() - names.keys() - set(IGNORED))
-    if missing or unexpected:
-        raise ModelError(
-            f"not the weights of a one-stage TiTok: missing {missing[:5]}{' …' * (len(missing) > 5)}, "
-            f"unexpected {unexpected[:5]}{' …' * (len(unexpected) > 5)}. {SUPPORTED}"
-        )
-    wanted = tokenizer.state_dict()
-    try:
-        ours = {
-            mine: (state[theirs].reshape(wanted[mine].shape) if theirs in RESHAPED else state[theirs]).float()
-            for theirs, mine in names.items()
-        }
-        tokenizer.load_state_dict(ours, assign=True)
-    except RuntimeError as error:
-        raise ModelError(f"tensors of unexpected shape for a one-stage TiTok: {error}") from error
-    return tokenizer.eval().requires_grad_(False)
+def _legacy_places(config: dict[str, Any]) -> dict[str, Place]:
+    places, decoder = _places(config, PROXY_HEAD), config["decoder"]
+    if not decoder["pixels"]:
+        return places
+    sizes = {"multipliers": decoder["pixel_multipliers"], "depth": decoder["pixel_depth"]}
+    places["pixel_quantize.embedding.weight"] = Place("decoder.proxy_codebook")
+    return places | decoder_places(sizes, "pixel_decoder.", "decoder.pixels.")
 
 
-def export_official(tokenizer: Tokenizer1D) -> dict[str, Tensor]:
-    """The state dict of a one-stage TiTok under its published names and shapes; the inverse of :func:`load_official`.
-
-    Raises:
-        ModelError: parts other than TiTokEncoder, VQ or KL, and GridDecoder.
-    """
-    encoder, quantizer, decoder = tokenizer.encoder, tokenizer.quantizer, tokenizer.decoder
-    if not (isinstance(encoder, TiTokEncoder) and isinstance(quantizer, VQ | KL) and isinstance(decoder, GridDecoder)):
-        kinds = " × ".join(type(part).__name__ for part in (encoder, quantizer, decoder))
-        raise ModelError(f"only TiTokEncoder × VQ or KL × GridDecoder has a published TiTok layout, got {kinds}")
-    for transformer in (encoder.transformer, decoder.transformer):
-        width, heads = transformer.norm_pre.normalized_shape[0], transformer.blocks[0].attn.heads
+def _exports(tokenizer: Tokenizer1D, layout: str, encoder: type, quantizers: tuple[type, ...], decoder: type) -> None:
+    parts = (tokenizer.encoder, tokenizer.quantizer, tokenizer.decoder)
+    if type(parts[0]) is not encoder or type(parts[1]) not in quantizers or type(parts[2]) is not decoder:
+        wanted = f"{encoder.__name__} × {' or '.join(q.__name__ for q in quantizers)} × {decoder.__name__}"
+        raise ModelError(f"the {layout} layout is that of {wanted}, got {' × '.join(type(part).__name__ for part in parts)}")
+    for side in (tokenizer.encoder, tokenizer.decoder):
+        width, heads = side.transformer.norm_pre.normalized_shape[0], side.transformer.blocks[0].attn.heads
         if heads * 64 != width:
             raise ModelError(f"published TiTok heads are 64 wide, these are {width // heads} wide: readers would assume 64")
-    names = key_map(len(encoder.transformer.blocks), len(decoder.transformer.blocks), tokenizer.is_discrete)
-    state = tokenizer.state_dict()
-    p = encoder.patch_size
-    shapes = {"encoder.patch_embed.weight": (-1, 3, p, p), "decoder.mask_token": (1, 1, -1)}
-    published = {}
-    for theirs, ours in names.items():
-        value = state[ours].detach()
-        if theirs in RESHAPED:
-            value = value.reshape(shapes.get(theirs, (*value.shape, 1, 1)))
-        published[theirs] = value
-    return published
+        if side.config["mlp_ratio"] != 4:
+            raise ModelError(f"published TiTok has an mlp_ratio of 4, this has {side.config['mlp_ratio']}")
+    height, width = tokenizer.image_size
+    if height != width or tokenizer.encoder.tokens != tokenizer.decoder.tokens:
+        raise ModelError(
+            "published TiTok works on square images and decodes the tokens it encodes, this one works on "
+            f"{height} × {width}, makes {tokenizer.encoder.tokens} and takes {tokenizer.decoder.tokens}"
+        )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """State dict, ``model.vq_model`` of a config.json beside it, and a name."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = path / "model.safetensors" if path.is_dir() else path
-    if file.suffix != ".safetensors":
-        raise ModelError(f"{file}: pickled weights are not opened. Use the model.safetensors of the published repository")
-    config, beside = {}, file.with_name("config.json")
-    try:
-        state = load_file(file)
-        if beside.exists():
-            config = json.loads(beside.read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{file}: cannot be loaded ({error}). A published folder holds model.safetensors and config.json") from error
-    for key in ("model", "vq_model"):
-        config = config.get(key, {}) if isinstance(config, dict) else {}
-    return state, config if isinstance(config, dict) else {}, path.stem if file is path else path.name
+def _legacy_exports(tokenizer: Tokenizer1D) -> None:
+    _exports(tokenizer, "titok-legacy", LegacyTiTokEncoder, (VQ,), ProxyCodeDecoder)
+    config = tokenizer.decoder.config
+    if config["pixels"] and (not config["soft"] or config["pixel_groups"] != 32 or config["pixel_shortcut"] != "output"):
+        raise ModelError(
+            'published two-stage TiTok mixes its proxy codes (soft=True), in a pixel decoder of 32 groups with shortcut="output"; '
+            "this one does not, readers would compute something else. Export stage-1 weights before add_pixels()"
+        )
 
 
-def _shape(state: dict[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
-    if key not in state:
-        raise ModelError(f"{key!r} is missing among {len(state)} tensors: not a TiTok state dict. {SUPPORTED}")
-    if state[key].ndim != ndim:
-        raise ModelError(f"{key!r} should have {ndim} dimensions, got shape {tuple(state[key].shape)}. {SUPPORTED}")
-    return tuple(state[key].shape)
+def _recognises(*wanted: str, without: Sequence[str] = ()) -> Any:
+    wanted = ("latent_tokens", "encoder.patch_embed.weight", "decoder.ffn.0.weight", *wanted)
+    return lambda shapes: all(key in shapes for key in wanted) and not any(key in shapes for key in without)
 
 
-def _grid(state: dict[str, Tensor], key: str) -> int:
-    positions = _shape(state, key, 2)[0] - 1
-    side = math.isqrt(max(0, positions))
-    if side * side != positions or not side:
-        raise ModelError(f"{key!r} has {positions} patch positions, which is no square grid. {SUPPORTED}")
-    return side
+# usage statistics of a clustering codebook, which inference has no use for
+EMBED_PROB = ("quantize.embed_prob",)
 
-
-def _depth(state: dict[str, Tensor], side: str) -> int:
-    return sum(key.startswith(f"{side}.transformer.") and key.endswith(".ln_1.weight") for key in state)
-
-
-def _path(part: type) -> str:
-    return f"{part.__module__}.{part.__qualname__}"
+TITOK = Layout(
+    name="titok",
+    recognises=_recognises(without=("decoder.ffn.2.weight", "decoder.text_guidance_proj.weight")),
+    config=_titok,
+    places=lambda config: _places(config, PIXEL_HEAD),
+    exports=lambda tokenizer: _exports(tokenizer, "titok", TiTokEncoder, (VQ, KL), GridDecoder),
+    ignored=EMBED_PROB,
+)
+TITOK_LEGACY = Layout(
+    name="titok-legacy",
+    recognises=_recognises("decoder.ffn.2.weight"),
+    config=_legacy,
+    places=_legacy_places,
+    exports=_legacy_exports,
+    ignored=EMBED_PROB,
+)
+TATITOK = Layout(
+    name="tatitok",
+    recognises=_recognises("decoder.text_guidance_proj.weight"),
+    config=_tatitok,
+    places=lambda config: _places(config, PIXEL_HEAD | TEXT),
+    exports=lambda tokenizer: _exports(tokenizer, "tatitok", TiTokEncoder, (VQ, KL), TextGridDecoder),
+    ignored=EMBED_PROB,
+)
+LAYOUTS = (TITOK, TITOK_LEGACY, TATITOK, MASKGIT_VQGAN)

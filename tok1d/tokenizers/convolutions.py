@@ -1,0 +1,105 @@
+"""Residual convolution blocks shared by the convolutional encoder and decoder of VQGAN (https://arxiv.org/abs/2012.09841).
+
+Feature maps are kept channels-last: convolutions and group norms then read whole pixels, on CPUs and tensor cores alike.
+
+Shapes: B images, H × W positions, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tok1d.errors import ModelError
+from tok1d.tokenizers.blocks import check_range
+
+EPS = 1e-6
+
+
+class ResidualBlock(nn.Module):
+    """Group norm, SiLU, 3×3 convolution, twice, added to the input.
+
+    Args:
+        before: C of the input.
+        after: C of the output; a 1×1 convolution joins inputs of another width.
+        groups: of the norms.
+        shortcut: what that convolution projects: ``input``, so that it is a residual block, or ``output``: the published
+            MaskGIT-VQGAN projects its own output and drops the input. For those weights only.
+    """
+
+    def __init__(self, before: int, after: int, groups: int, shortcut: str) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+        self.norm1 = nn.GroupNorm(groups, before, eps=EPS)
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(groups, after, eps=EPS)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.nin_shortcut = None
+        if before != after:
+            self.nin_shortcut = nn.Conv2d(before if shortcut == "input" else after, after, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float (B, before, H, W) → float (B, after, H, W)."""
+        y = self.conv1(norm_silu(self.norm1, x))
+        y = self.conv2(norm_silu(self.norm2, y))
+        if self.nin_shortcut is None:
+            return y.add_(x) if not y.requires_grad else y + x
+        return y + self.nin_shortcut(x if self.shortcut == "input" else y)
+
+
+class Upsample(nn.Conv2d):
+    """Nearest-neighbour enlargement to twice the size, then a 3×3 convolution of as many channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float (B, C, H, W) → float (B, C, 2H, 2W)."""
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, and the upsampling after them if there is one.
+
+    Args:
+        widths: C before and after each block: ``len(widths) - 1`` blocks.
+        groups, shortcut: as :class:`ResidualBlock`.
+        upsample: whether the level ends with :class:`Upsample`.
+    """
+
+    def __init__(self, widths: Sequence[int], groups: int, shortcut: str, upsample: bool = False) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResidualBlock(a, b, groups, shortcut) for a, b in zip(widths, widths[1:], strict=False))
+        self.upsample_conv = Upsample(widths[-1]) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample_conv is None else self.upsample_conv(x)
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Group norm, then SiLU."""
+    return F.silu(norm(x), inplace=True)
+
+
+def level_widths(width: int, multipliers: Sequence[int], depth: int, groups: int, shortcut: str) -> list[int]:
+    """Channels of every level, highest resolution first, of checked arguments.
+
+    Raises:
+        ModelError: sizes no model has, or widths that the groups do not divide.
+    """
+    check_range("width", width, 1, 8192)
+    check_range("depth", depth, 1, 64)
+    check_range("groups", groups, 1, 8192)
+    if not isinstance(multipliers, Sequence) or not 1 <= len(multipliers) <= 10:
+        raise ModelError(f"multipliers must be a list of 1 to 10 integers, one a resolution, got {multipliers!r:.100}")
+    for multiplier in multipliers:
+        check_range("a multiplier", multiplier, 1, 64)
+    if shortcut not in ("input", "output"):
+        raise ModelError(f"shortcut must be input (or output, for the published MaskGIT-VQGAN only), got {shortcut!r:.100}")
+    if width % groups:
+        raise ModelError(f"width {width} cannot be split into {groups} groups; choose groups that divide the width")
+    return [width * multiplier for multiplier in multipliers]
