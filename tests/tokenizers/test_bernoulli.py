@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tests.contract.parts import QuantizerContract
 from tok1d.errors import ModelError, TokenError
-from tok1d.tokenizers.quantizers.bernoulli import BernoulliBits, bit_entropy
+from tok1d.tokenizers.quantizers.bernoulli import BernoulliBits
 
 CLASS = {"class": "tok1d.tokenizers.quantizers.bernoulli.BernoulliBits"}
 
@@ -90,14 +90,6 @@ def test_half_precision_modules_keep_their_codes():
     model = quantizer(16, 20).bfloat16().eval()
     out = model(torch.randn(2, 30, 20).bfloat16())
     assert out.q.dtype == torch.float32 and torch.equal(model.codes_to_ids(out.q), out.ids)
-
-
-def test_bit_entropy():
-    bits = torch.tensor([[[0, 0, 0], [1, 0, 1], [0, 0, 0], [1, 0, 0]]]).bool()
-    quarter = -(0.25 * torch.tensor(0.25).log2() + 0.75 * torch.tensor(0.75).log2())
-    torch.testing.assert_close(bit_entropy(bits, None, False), (1 + quarter) / 3)
-    torch.testing.assert_close(bit_entropy(bits, torch.tensor([[True, True, False, False]]), False), torch.tensor(2 / 3))
-    assert bit_entropy(bits, torch.zeros(1, 4, dtype=torch.bool), False) == 0
 
 
 def test_arguments_are_checked():

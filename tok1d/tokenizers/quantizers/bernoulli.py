@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tok1d.errors import ModelError
 from tok1d.tokenizers.blocks import check_range, learned
 from tok1d.tokenizers.part import Quantizer, QuantizerOutput
-from tok1d.tokenizers.quantizers.common import sum_over_ranks, token_mean
-from tok1d.tokenizers.quantizers.packing import MAX_BITS, bits_to_tokens, tokens_to_bits
+from tok1d.tokenizers.quantizers.binary import binary_output
+from tok1d.tokenizers.quantizers.common import token_mean
+from tok1d.tokenizers.quantizers.packing import bits_to_tokens, tokens_to_bits
 
 
 class BernoulliBits(Quantizer):
@@ -80,15 +81,8 @@ class BernoulliBits(Quantizer):
             else:
                 bits = logits > 0
             q = self._codes(bits + (p - p.detach()))  # exactly the bits, with the gradient of p
-            tokens = bits_to_tokens(bits)
-            if mask is not None:
-                tokens = tokens.masked_fill(~(mask if tokens.ndim == 2 else mask[..., None]), 0)
-                q = q.masked_fill(~mask[..., None], 0)
             losses = {"bit_variance": token_mean((p * (1 - p)).mean(-1), mask, step)}
-            stats = {"bit_entropy": bit_entropy(bits, mask, step)}
-        if self.bits > MAX_BITS:
-            return QuantizerOutput(q, None, losses, stats, bits=tokens)
-        return QuantizerOutput(q, tokens, losses, stats)
+            return binary_output(q, bits, mask, losses, {}, step)
 
     def ids_to_codes(self, ids: Tensor) -> Tensor:
         """int64 (B, n) ids, or uint8 (B, n, d) bits if d > 62 → float32 (B, n, C)."""
@@ -106,22 +100,3 @@ class BernoulliBits(Quantizer):
 
     def _codes(self, bits: Tensor) -> Tensor:
         return bits @ self.embed.float()
-
-
-@torch.no_grad()
-def bit_entropy(bits: Tensor, mask: Tensor | None, step: bool) -> Tensor:
-    """How evenly each bit is used: mean over bits of the entropy of its average, in bits; 1 is even, 0 is stuck.
-
-    Args:
-        bits: bool (B, N, d).
-        mask: bool (B, N) True = kept, or None.
-        step: whether to average over all ranks (then every rank gets here).
-    """
-    kept = bits if mask is None else bits & mask[..., None]
-    count = bits.shape[0] * bits.shape[1] if mask is None else mask.sum()
-    sums = torch.cat([kept.sum((0, 1)), torch.as_tensor(count, device=bits.device).view(1)]).double()
-    if step:
-        sum_over_ranks(sums)
-    share = sums[:-1] / sums[-1].clamp(min=1)
-    entropy = -torch.special.xlogy(share, share) - torch.special.xlogy(1 - share, 1 - share)
-    return (entropy.mean() / torch.tensor(2.0).log()).float()
