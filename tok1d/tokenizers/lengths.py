@@ -16,6 +16,9 @@ from tok1d.errors import TokenError
 from tok1d.tokenizers.part import Part
 
 
+DISTRIBUTIONS = ("uniform", "powers_of_two", "log_uniform", "uniform_powers_of_two")
+
+
 class LengthRule(Part):
     """How many of the N tokens are kept.
 
@@ -51,7 +54,8 @@ class TailDrop(LengthRule):
 
     Args:
         distribution: ``uniform`` over minimum..N, ``powers_of_two`` over {1, 2, 4, …, N} (N included), or ``log_uniform``:
-            the logarithm is uniform, so 1..2 tokens are drawn as often as 128..256.
+            the logarithm is uniform, so 1..2 tokens are drawn as often as 128..256, or ``uniform_powers_of_two``: uniform,
+            then rounded up to a power of two (at most N).
         per_sample: draw a length for each sample; one for the whole batch otherwise (as One-D-Piece does).
         minimum: shortest length drawn.
         full: probability of keeping every token, on top of the distribution.
@@ -67,14 +71,16 @@ class TailDrop(LengthRule):
         self, distribution: str = "uniform", per_sample: bool = True, minimum: int = 1, full: float = 0.0
     ) -> None:
         super().__init__()
-        if distribution not in ("uniform", "powers_of_two", "log_uniform"):
-            raise TokenError(f"distribution must be uniform, powers_of_two or log_uniform, got {distribution!r}")
+        if distribution not in DISTRIBUTIONS:
+            raise TokenError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r:.100}")
         self.distribution, self.per_sample, self.minimum, self.full = distribution, per_sample, minimum, full
 
     def sample(self, batch: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
         n = batch if self.per_sample else 1
-        if self.distribution == "uniform":
+        if self.distribution.startswith("uniform"):
             lengths = torch.randint(min(self.minimum, tokens), tokens + 1, (n,), generator=generator)
+            if self.distribution == "uniform_powers_of_two":
+                lengths = torch.tensor([min(1 << (k - 1).bit_length(), tokens) for k in lengths.tolist()])
         elif self.distribution == "log_uniform":
             low = math.log2(min(self.minimum, tokens))
             level = low + torch.rand(n, generator=generator, dtype=torch.float64) * (math.log2(tokens + 1) - low)
