@@ -15,7 +15,6 @@ from torch import Tensor
 from tok1d.errors import TokenError
 from tok1d.tokenizers.part import Part
 
-
 DISTRIBUTIONS = ("uniform", "powers_of_two", "log_uniform", "uniform_powers_of_two")
 
 
