@@ -31,7 +31,7 @@ class BernoulliBits(Quantizer):
             flips certain. It is not part of the weights; a schedule that runs again from a step sets it again.
         bit_variance: weight of the ``bit_variance`` loss; goes into ``loss_weights``. The published weight is not known.
 
-    Logits are l = proj(z) and p = sigmoid(l). In training mode bits are drawn with probability sigmoid(l / T), and the
+    Logits are l = proj(z) and p = sigmoid(l). In training steps bits are drawn with probability sigmoid(l / T), and the
     gradient passes as if each bit were p (without T); else a bit is ``l > 0``. The loss ``bit_variance``, the mean of
     p (1 - p), pushes the probabilities to 0 or 1.
 
@@ -76,7 +76,7 @@ class BernoulliBits(Quantizer):
                 z = z.masked_fill(~mask[..., None], 0)  # whatever stood there, even nan, is gone from here on
             logits = F.linear(z, self.proj.weight.float(), self.proj.bias.float())
             p = logits.sigmoid()
-            if self.training:
+            if step:  # encoding with a model in training mode is not one
                 bits = torch.rand_like(logits) < (logits.detach() / self.temperature).sigmoid()
             else:
                 bits = logits > 0
