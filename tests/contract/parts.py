@@ -144,6 +144,19 @@ class QuantizerContract:
             inside = quantizer(z)
         assert inside.q.dtype == torch.float32 and torch.equal(inside.q, quantizer(z).q)
 
+    def test_bfloat16_latents_lose_no_codes(self):
+        """They are coded as the float32 numbers they are, and get finite gradients of their own type."""
+        z = self.latents().bfloat16()
+        torch.manual_seed(0)
+        quantizer = build(self.config, Quantizer)
+        short, long = quantizer(z), quantizer(z.float())
+        assert short.q.dtype == torch.float32 and torch.equal(short.q, long.q)
+        for one, other in ((short.ids, long.ids), (short.bits, long.bits)):
+            assert (one is None and other is None) or torch.equal(one, other)
+        out = quantizer.train()(z.requires_grad_())
+        (out.q.square().sum() + sum(out.losses.values())).backward()
+        assert z.grad.dtype == torch.bfloat16 and z.grad.isfinite().all() and (z.grad != 0).any()
+
     def test_resumed_training_is_uninterrupted_training(self):
         def train(quantizer: Quantizer, steps: range) -> None:
             for i in steps:
@@ -167,6 +180,73 @@ class QuantizerContract:
             quantizer(self.latents())
         quantizer.eval()(self.latents())
         assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
+
+
+class WholeQuantizerContract(QuantizerContract):
+    """Of quantizers all of whose tokens refine all latents: set ``tokens`` to the number of latents."""
+
+    def made(self) -> int:
+        return build(self.config, Quantizer).tokens_made(self.tokens)
+
+    def mask(self, batch: int = 3) -> Tensor:
+        return torch.arange(self.made()) < torch.tensor([self.made(), 0, 3])[:batch, None]
+
+    def test_output(self):
+        quantizer, z = build(self.config, Quantizer), self.latents()
+        assert quantizer.whole
+        out = quantizer(z)
+        assert out.q.shape == z.shape and out.q.dtype == torch.float32 and set(out.losses) == set(quantizer.loss_weights)
+        for value in (*out.losses.values(), *out.stats.values()):
+            assert value.ndim == 0 and value.isfinite()
+        assert not any(v.requires_grad for v in out.stats.values())
+        assert out.ids.dtype == torch.int64 and out.ids.shape == (len(z), self.made())
+        assert out.ids.min() >= 0 and out.ids.max() < quantizer.vocab_size and len(out.ids.unique()) > 2
+
+    def test_ids_and_codes_are_inverse(self):
+        """One way only: what codes are sums of cannot be told, but coding them again is coding them as latents."""
+        quantizer = build(self.config, Quantizer)
+        out = quantizer(self.latents())
+        assert torch.equal(quantizer.ids_to_codes(out.ids), out.q)
+        assert torch.equal(quantizer.codes_to_ids(out.q), quantizer(out.q).ids)
+
+    def test_prefix_equals_slice(self):
+        """Masked to n tokens, it gives the first n ids of all tokens, the codes of those n, and 0 for the other ids."""
+        quantizer, z = build(self.config, Quantizer), self.latents()
+        ids = quantizer(z).ids
+        for n in range(1, self.made() + 1):
+            out = quantizer(z, (torch.arange(self.made()) < n).expand(len(z), -1))
+            assert torch.equal(out.ids[:, :n], ids[:, :n]) and (out.ids[:, n:] == 0).all()
+            assert torch.equal(out.q, quantizer.ids_to_codes(ids[:, :n]))
+
+    def test_masked_tokens_touch_nothing(self):
+        """An image without any token may hold nan; its codes, gradients and ids are zero, and nobody else's differ."""
+        results = []
+        for filler in (0.0, torch.nan):
+            torch.manual_seed(0)
+            quantizer = build(self.config, Quantizer).train()
+            z = self.latents().index_fill(0, torch.tensor([1]), filler).requires_grad_()
+            torch.manual_seed(1)
+            out = quantizer(z, self.mask())
+            (out.q.sum() + sum(out.losses.values())).backward()
+            results.append((out, z.grad, quantizer.state_dict()))
+        (a, grad_a, state_a), (b, grad_b, state_b) = results
+        for one, other in ((a.q, b.q), (grad_a, grad_b)):
+            assert torch.equal(one, other) and (one[1] == 0).all() and (one[[0, 2]] != 0).any()
+        assert torch.equal(a.ids, b.ids) and (a.ids[~self.mask()] == 0).all() and (a.ids[self.mask()] != 0).any()
+        for one, other in ((a.losses, b.losses), (a.stats, b.stats), (state_a, state_b)):
+            assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+    def test_masked_losses_are_those_of_the_kept_tokens(self):
+        """Images without tokens count for nothing."""
+        quantizer, z = build(self.config, Quantizer), self.latents(3)
+        mask = torch.zeros(3, self.made(), dtype=torch.bool)
+        mask[2] = True
+        masked, alone = quantizer(z, mask), quantizer(z[2:])
+        assert torch.equal(masked.ids[2:], alone.ids)
+        torch.testing.assert_close(masked.q[2:], alone.q)  # convolutions of other batch sizes round differently
+        for one, other in ((masked.losses, alone.losses), (masked.stats, alone.stats)):
+            for key in other:
+                torch.testing.assert_close(one[key], other[key])
 
 
 class DecoderContract:
