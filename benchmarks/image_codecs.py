@@ -1,6 +1,6 @@
 """JPEG, WebP, AVIF (and JPEG XL where a plugin is installed) at the bytes that tokens cost.
 
-For every image and budget the file of the best PSNR is searched over downscaling and quality (benchmarks/codec_search.py).
+For every image and budget the file of the best PSNR is searched over downscaling and quality (tok1d/eval/codecs.py).
 A codec "fits" a budget on an image if its smallest file does; means are over the images where it fits, and how many these
 are stands beside them.
 
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from PIL import __version__ as pillow_version
 
-from benchmarks.codec_search import Candidate, available, search, settings
 from benchmarks.measure import BUDGETS, PROTOCOL, Cache, Rendered, Row, View, ViewSet, measure, point
 from benchmarks.record import CACHE, RESULTS, save, say
+from tok1d.eval.codecs import Candidate, available, search, settings
 from tok1d.eval.perceptual import Perceptual
 
 Found = dict[str, dict[int, Candidate | None]]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import codebook_usage, codec_search, folder_throughput, linear_line, measure, plots, record, tables
+from benchmarks import codebook_usage, folder_throughput, linear_line, measure, plots, record, tables
+from tok1d.eval import codecs as codec_search
 
 
 class Squared:
