@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tok1d.errors import ImageError, ModelError, TokenError
+from tok1d.tokenizers.fitting import check_parts
 from tok1d.tokenizers.lengths import FixedLength, LengthRule
 from tok1d.tokenizers.part import Decoder, Encoder, Part, Quantizer, build_part, token_mask
 from tok1d.tokens import TokenSequence
@@ -53,7 +54,8 @@ class Tokenizer1D(nn.Module):
     """A discrete 1D image tokenizer.
 
     Args:
-        encoder, quantizer, decoder: the parts; their latent widths must agree.
+        encoder, quantizer, decoder: the parts; widths, numbers of tokens and image sizes must agree
+            (:mod:`tok1d.tokenizers.fitting`).
         lengths: length rule; ``FixedLength()`` if None.
         image_size: (height, width) the model works at.
         name: shown in messages, files and cards.
@@ -76,14 +78,11 @@ class Tokenizer1D(nn.Module):
         name: str = "tokenizer",
     ) -> None:
         super().__init__()
-        if encoder.dim != quantizer.dim:
-            raise ModelError(f"the encoder makes latents of width {encoder.dim}, the quantizer takes {quantizer.dim}")
-        if getattr(decoder, "dim", quantizer.code_dim) != quantizer.code_dim:
-            raise ModelError(f"the quantizer makes codes of width {quantizer.code_dim}, the decoder takes {decoder.dim}")
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        check_parts(encoder, quantizer, decoder, self.image_size)
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         decoder.attach(encoder)
         self.lengths = FixedLength() if lengths is None else lengths
-        self.image_size = (int(image_size[0]), int(image_size[1]))
         self.name = name
         self._model_id: int | None = None
 
@@ -298,6 +297,7 @@ class Tokenizer1D(nn.Module):
         lengths: Tensor | None = None,
         window: tuple[int, int, int] | None = None,
         generator: torch.Generator | None = None,
+        text: Tensor | None = None,
     ) -> TokenizerOutput:
         """Reconstruct with gradient; in training mode the length rule draws how many tokens each image keeps.
 
@@ -306,6 +306,7 @@ class Tokenizer1D(nn.Module):
             lengths: int64 (B,) to keep instead of drawing them.
             window: (top, left, size) to render only that square, for decoders that can.
             generator: of what a decoder with losses of its own draws (times, noise); the global one if None.
+            text: float (B, T, W) encoded text, for decoders that read it.
         """
         batch, device = len(images), images.device
         if lengths is None:
@@ -325,7 +326,7 @@ class Tokenizer1D(nn.Module):
             losses = {**losses, **self.decoder.own_losses(q, given, images, generator)}
         else:
             size = tuple(images.shape[-2:]) if self.any_size else None
-            reconstruction = self.decoder(q, given, **self._check_options({"window": window, "size": size}))
+            reconstruction = self.decoder(q, given, **self._check_options({"window": window, "size": size, "text": text}))
         return TokenizerOutput(reconstruction, output.ids, lengths.to(device), losses, output.stats)
 
     # checks at the border ----------------------------------------------------------------------------------------
