@@ -127,7 +127,7 @@ def test_no_stage_dropout_by_probability():
     torch.manual_seed(0)
     rvq = ResidualVQ(8, 4, 4, stage_dropout=0.25)
     z = torch.randn(400, 1, 4)
-    full = [all(stage[i].all() for stage in rvq._active(z, None)) for i in range(400)]
+    full = [all(stage[i].all() for stage in rvq._active(z, None, True)) for i in range(400)]
     assert sum(full) / 400 == pytest.approx(0.75 + 0.25 / 4, abs=0.06)
 
 

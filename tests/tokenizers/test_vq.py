@@ -1,17 +1,16 @@
-"""VQ: contracts, recorded TiTok and EMA numbers, vector-quantize-pytorch, dead codes, several ranks."""
+"""VQ: contracts, recorded TiTok and EMA numbers, vector-quantize-pytorch, ways to choose codes and to teach them."""
 
 import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 from tests.contract.parts import QuantizerContract
 from tests.golden.read import read, sub, tokens_last
 from tok1d.errors import ModelError
 from tok1d.tokenizers.quantizers import vq_search
+from tok1d.tokenizers.quantizers.common import rotated
 from tok1d.tokenizers.quantizers.vq import VQ
 
 CLASS = {"class": "tok1d.tokenizers.quantizers.vq.VQ", "vocab_size": 24, "dim": 5}
@@ -38,6 +37,19 @@ class TestMovingAverageVQ(QuantizerContract):
 
 class TestCosineMovingAverageVQ(QuantizerContract):
     config = {**CLASS, "ema": True, "l2": True, "ema_decay": 0.5}
+
+
+class TestDrawingVQ(QuantizerContract):
+    config = {**CLASS, "l2": True, "temperature": 0.1}
+
+
+class TestFittedVQ(QuantizerContract):
+    config = {**CLASS, "kmeans_iterations": 3, "ema": True, "ema_decay": 0.5, "temperature": 0.5, "rotation": True}
+    scale = 1 / 24
+
+
+class TestClusteringVQ(QuantizerContract):
+    config = {**CLASS, "clustering": True, "l2": True, "kmeans_iterations": 2, "ema_decay": 0.5}
 
 
 def filled(codebook: torch.Tensor, **arguments) -> VQ:
@@ -129,88 +141,87 @@ def test_usage_and_perplexity():
     assert math.isfinite(vq(z, torch.zeros(1, 4, dtype=torch.bool)).losses["commitment"])
 
 
-@pytest.mark.parametrize("ema", [False, True])
-@pytest.mark.parametrize("l2", [False, True])
-def test_dead_codes_are_restarted_from_live_latents(ema, l2):
+# rotation trick ------------------------------------------------------------------------------------------------------
+
+
+def test_rotation_is_the_explicit_matrix():
+    """Gradient of a latent = |q| / |z| Rᵀ g, with R built as a matrix: it turns z into q and keeps lengths and angles."""
     torch.manual_seed(0)
-    vq = VQ(16, 4, l2=l2, ema=ema, ema_decay=0.9, dead_code_threshold=0.2)
-    z = F.normalize(torch.randn(64, 4), dim=-1)
+    z, codes, weight = torch.randn(2, 9, 6, requires_grad=True), torch.randn(2, 9, 6), torch.randn(2, 9, 6)
+    q = rotated(z, codes)
+    assert torch.equal(q, codes)
+    (grad,) = torch.autograd.grad((q * weight).sum(), z)
+    for z_i, q_i, weight_i, grad_i in zip(*(x.flatten(0, 1).double() for x in (z.detach(), codes, weight, grad))):
+        u, v = z_i / z_i.norm(), q_i / q_i.norm()
+        w = (u + v) / (u + v).norm()
+        matrix = torch.eye(6).double() - 2 * torch.outer(w, w) + 2 * torch.outer(v, u)
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(6).double())
+        stretch = q_i.norm() / z_i.norm()
+        torch.testing.assert_close(stretch * matrix @ z_i, q_i)
+        torch.testing.assert_close(grad_i, stretch * matrix.T @ weight_i, atol=1e-5, rtol=1e-4)
+        angle, expected = grad_i @ z_i / grad_i.norm() / z_i.norm(), weight_i @ q_i / weight_i.norm() / q_i.norm()
+        torch.testing.assert_close(angle, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rotation_without_a_direction():
+    """A latent of zero passes gradients straight through; one opposite to its code, and a code of zero, stay finite."""
+    z = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [1.0, 2.0]]], requires_grad=True)
+    q = rotated(z, torch.tensor([[[3.0, 4.0], [-1.0, 0.0], [0.0, 0.0]]]))
+    (grad,) = torch.autograd.grad((q * torch.tensor([5.0, 7.0])).sum(), z)
+    assert grad[0, 0].tolist() == [5, 7] and grad.isfinite().all() and (grad[0, 2] == 0).all()
+    assert grad[0, 1, 0] == -5  # the direction of z is turned round
+
+
+@pytest.mark.parametrize("l2", [False, True])
+def test_rotation_equals_vector_quantize_pytorch(l2):
+    module = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is the oracle of this test")
+    torch.manual_seed(0)
+    theirs = module.VectorQuantize(dim=4, codebook_size=16, use_cosine_sim=l2, rotation_trick=True)
+    ours = filled(theirs.codebook.detach().clone(), l2=l2, rotation=True)
+    z, weight = torch.randn(3, 20, 4), torch.randn(3, 20, 4)
+    x, y = z.clone().requires_grad_(), z.clone().requires_grad_()
+    q, ids, _ = theirs(x, freeze_codebook=True)
+    out = ours(y)
+    assert torch.equal(out.ids, ids)
+    expected = torch.autograd.grad((q * weight).sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad((out.q * weight).sum(), y)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+# drawn codes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("l2", [False, True])
+def test_codes_are_drawn_by_softmax(l2):
+    """Frequencies of 40,000 draws for one latent, and for another in the same batch."""
+    torch.manual_seed(0)
+    vq = filled(torch.randn(5, 3), l2=l2, temperature=0.7)
+    pair = torch.randn(2, 3)
+    if l2:
+        p = (F.normalize(pair, dim=-1) @ F.normalize(vq.codebook, dim=-1).T / 0.7).softmax(-1)
+    else:
+        p = (-torch.cdist(pair, vq.codebook).square() / 0.7).softmax(-1)
+    z = pair.view(2, 1, 3).expand(2, 40_000, 3)
+    ids = vq.train()(z).ids
+    share = F.one_hot(ids, 5).float().mean(1)
+    assert (share - p).abs().max() < 4 * 0.5 / 40_000**0.5
+    assert not torch.equal(vq(z).ids, ids)
+    nearest = vq.codes_to_ids(z)
+    assert torch.equal(vq.eval()(z).ids, nearest) and (nearest == nearest[:, :1]).all()
     with torch.no_grad():
-        vq.codebook[:] = z[0] + 1e-3 * torch.randn(16, 4)  # collapsed
-        vq.codebook[8:] = -100 * z[0] if not l2 else vq.codebook[8:]
-    before = vq.codebook.detach().clone()
-    usage = [vq(z.view(4, 16, 4).requires_grad_()).stats["usage"].item() for _ in range(60)]
-    assert usage[-1] >= 0.9 > usage[0]
-    assert not torch.equal(vq.codebook, before)
-    if not ema:  # without an average, a restarted code is a latent to the last bit
-        moved = vq.codebook[(vq.codebook != before).any(-1)]
-        assert len(moved) and (torch.cdist(moved, z) < 1e-3).any(-1).all()
+        assert torch.equal(vq.train()(z).ids, nearest)
 
 
-def test_restart_depends_on_the_seed_only():
-    def run(seed: int, noise: int) -> torch.Tensor:
-        torch.manual_seed(0)
-        vq = VQ(16, 4, dead_code_threshold=0.9, ema_decay=0.5, seed=seed)
-        for i in range(5):
-            torch.manual_seed(noise)
-            vq((torch.arange(320).float() + i).sin().view(4, 20, 4).requires_grad_())
-        return vq.codebook.detach()
-
-    assert torch.equal(run(0, 1), run(0, 2)) and not torch.equal(run(0, 1), run(1, 1))
-
-
-def test_exported_weights_start_the_averages_anew():
-    vq = VQ(8, 3, ema=True, dead_code_threshold=0.1)
-    vq(torch.randn(2, 5, 3))
-    exported = {k: v for k, v in vq.state_dict().items() if k not in vq.training_only}
-    assert exported.keys() == {"codebook"}
-    again = VQ(8, 3, ema=True, dead_code_threshold=0.1)
-    again.load_state_dict(exported)
-    assert torch.equal(again.ema_sum, vq.codebook) and (again.ema_count == 1).all() and again.steps == 0
-    again(torch.randn(2, 5, 3))
-    assert torch.equal(exported["codebook"], vq.codebook), "training must not reach back into loaded tensors"
+def test_low_temperatures_take_the_nearest():
+    torch.manual_seed(0)
+    vq, z = filled(torch.randn(50, 3), l2=True, temperature=1e-6), torch.randn(4, 33, 3)
+    out = vq.train()(z.requires_grad_())
+    assert torch.equal(out.ids, vq.codes_to_ids(z)) and out.q.isfinite().all()
 
 
 def test_arguments_are_checked():
-    for arguments in ({"vocab_size": 1}, {"vocab_size": 10**12}, {"dim": 0}, {"ema_decay": 1.0}, {"dead_code_threshold": -1}):
+    for arguments in (
+        {"vocab_size": 1}, {"vocab_size": 10**12}, {"dim": 0}, {"ema_decay": 1.0}, {"dead_code_threshold": -1},
+        {"temperature": -1.0}, {"kmeans_iterations": -1}, {"clustering": True, "ema": True},
+    ):
         with pytest.raises(ModelError):
             VQ(**{"vocab_size": 8, "dim": 3, **arguments})
-
-
-def _train(z: torch.Tensor, mask: torch.Tensor, restart: float) -> tuple[VQ, torch.Tensor]:
-    torch.manual_seed(0)
-    vq = VQ(16, 4, ema=True, ema_decay=0.5, dead_code_threshold=restart).train()
-    for step in range(4):
-        part = (z + step).sin().requires_grad_()
-        losses = vq(part, mask).losses["commitment"]
-    losses.backward()
-    return vq, part.grad
-
-
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    z, mask = _batch()
-    for restart in (0.0, 0.9):
-        mine = None if rank == 1 and restart else mask[rank::2]  # masked on one rank only
-        vq, grad = _train(z[rank::2], mine, restart)
-        save_file({**vq.state_dict(), "grad": grad}, f"{folder}/{restart}-{rank}.safetensors")
-    dist.destroy_process_group()
-
-
-def _batch() -> tuple[torch.Tensor, torch.Tensor]:
-    z = torch.arange(4 * 10 * 4).float().view(4, 10, 4) * 1.7
-    return z, torch.arange(10) < torch.tensor([10, 1, 7, 2])[:, None]
-
-
-def test_two_ranks_are_one_batch(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    results = {key: load_file(tmp_path / f"{key}.safetensors") for key in ("0.0-0", "0.0-1", "0.9-0", "0.9-1")}
-    vq, grad = _train(*_batch(), restart=0.0)
-    for rank in (0, 1):
-        mean_of_ranks = results[f"0.0-{rank}"].pop("grad") / 2  # what data parallelism does with parameters' gradients
-        torch.testing.assert_close(mean_of_ranks, grad[rank::2], atol=1e-7, rtol=1e-4)
-        for key, value in results[f"0.0-{rank}"].items():
-            torch.testing.assert_close(value, vq.state_dict()[key], atol=1e-6, rtol=1e-5)
-    one, other = results["0.9-0"], results["0.9-1"]
-    assert all(torch.equal(one[k], other[k]) for k in vq.state_dict()), "restarts must be the same on all ranks"
-    assert not torch.allclose(one["codebook"], results["0.0-0"]["codebook"])

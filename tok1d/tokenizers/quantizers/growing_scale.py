@@ -130,7 +130,7 @@ class GrowingScaleVQ(Quantizer):
             errors: dict[str, list[Tensor]] = {name: [] for name in self.loss_weights}
             for level, here in enumerate(keep.split(self.scales, 1)):
                 small = self._shrink(left, level)
-                digit = self._book(level).choose(small).masked_fill(~here, 0)
+                digit = self._book(level).choose(small, step).masked_fill(~here, 0)
                 added = self._add(digit, here, level)
                 total = added if total is None else total + added
                 left = left - added.detach()

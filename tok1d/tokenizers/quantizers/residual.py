@@ -38,7 +38,7 @@ class ResidualVQ(Quantizer):
         dim: D.
         stages: S.
         shared: one codebook for all stages.
-        stage_dropout: probability, for an image in training, of a random number of stages (1 to S, equally likely)
+        stage_dropout: probability, for an image in a training step, of a random number of stages (1 to S, equally likely)
             instead of all. Dropped stages code nothing and learn nothing; their digits are 0 in the ids of that step.
         commitment: published weight of the ``commitment`` loss; goes into ``loss_weights``.
         ema, ema_decay, dead_code_threshold, seed: as :class:`VQ`, of every codebook.
@@ -109,7 +109,7 @@ class ResidualVQ(Quantizer):
         step = self.training and torch.is_grad_enabled()
         with torch.autocast(z.device.type, enabled=False):
             z = kept_only(z, mask)
-            active = self._active(z, mask)
+            active = self._active(z, mask, step)
             left, total = z, torch.zeros_like(z)
             ids, seen, losses = [], [], {name: z.new_zeros(()) for name in self.loss_weights}
             for stage in range(self.stages):
@@ -117,7 +117,7 @@ class ResidualVQ(Quantizer):
                 residual = left.detach()
                 if step:
                     book.fit(residual, here)
-                digit = book.choose(residual)
+                digit = book.choose(residual, step)
                 codes = book.ids_to_codes(digit)
                 if here is not None:
                     digit = digit.masked_fill(~here, 0)
@@ -135,9 +135,9 @@ class ResidualVQ(Quantizer):
         as_ids = fits_id(self.sizes)
         return QuantizerOutput(q, tokens if as_ids else None, losses, stats, bits=None if as_ids else tokens)
 
-    def _active(self, z: Tensor, mask: Tensor | None) -> list[Tensor] | None:
+    def _active(self, z: Tensor, mask: Tensor | None, step: bool) -> list[Tensor] | None:
         """Which tokens (B, N) take part in each stage; None if all stages take the tokens of the mask."""
-        if not (self.training and self.stage_dropout):
+        if not (step and self.stage_dropout):
             return None
         batch = len(z)
         count = torch.randint(1, self.stages + 1, (batch,))

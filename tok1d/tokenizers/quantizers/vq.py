@@ -46,17 +46,17 @@ class VQ(Quantizer):
         dead_code_threshold: a code used less than this share of the average use is restarted from a latent of the
             batch; 0 never restarts.
         seed: of the choice of those latents, and of k-means.
-        temperature: while training, draw each code with probability softmax(similarity / temperature) instead of taking
+        temperature: in training steps, draw each code with probability softmax(similarity / temperature) instead of taking
             the nearest (LARP: ``l2`` and 0.03); similarity is the cosine with ``l2``, else minus the squared distance.
-            0 always takes the nearest. In eval mode it always is.
+            0 always takes the nearest, and so does everything but a training step.
         kmeans_iterations: before the first training step, put the codes at the centres that so many rounds of k-means
             find in its latents; 0 keeps the random codes.
         rotation: pass gradients back through the rotation that takes a latent to its code, instead of unchanged.
         clustering: besides the ``codebook`` loss, pull codes out of use to the latents nearest to them (TA-TiTok).
 
     The losses are unweighted means over kept tokens and channels: ``commitment`` (latents towards codes) and, unless
-    ``ema``, ``codebook`` (codes towards latents). Averages, restarts, clustering and k-means happen in training steps
-    only: in training mode with gradients enabled.
+    ``ema``, ``codebook`` (codes towards latents). Draws, averages, restarts, clustering and k-means happen in training
+    steps only: in training mode with gradients enabled.
 
     Example:
         >>> vq = VQ(16, 4)
@@ -127,7 +127,7 @@ class VQ(Quantizer):
             raw = kept_only(z, mask)
             if step:
                 self.fit(raw.detach(), mask)
-            ids = self.choose(raw.detach())
+            ids = self.choose(raw.detach(), step)
             codes = self.ids_to_codes(ids)
             z = F.normalize(raw, dim=-1) if self.l2 else raw
             losses = {"commitment": token_mean((z - codes.detach()).square().mean(-1), mask, step)}
@@ -156,9 +156,9 @@ class VQ(Quantizer):
     # the steps of forward, for quantizers made of several codebooks --------------------------------------------------
 
     @torch.no_grad()
-    def choose(self, z: Tensor) -> Tensor:
-        """Float32 (B, N, D) → int64 (B, N): the nearest codes, or drawn ones while training with a temperature."""
-        temperature = self.temperature if self.training else 0.0
+    def choose(self, z: Tensor, step: bool) -> Tensor:
+        """Float32 (B, N, D) → int64 (B, N): the nearest codes, or in a training step with a temperature drawn ones."""
+        temperature = self.temperature if step else 0.0
         return nearest(z.flatten(0, -2), self.codebook, self.l2, temperature).view(z.shape[:-1])
 
     @torch.no_grad()
