@@ -80,9 +80,7 @@ class FeatureSample(torchmetrics.Metric):
     def update(self, features: Tensor, names: Sequence[str], real: bool) -> None:
         """Float (n, D) features of n named images."""
         side = "real" if real else "fake"
-        salted = [hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest() for name in names]
-        keys = torch.tensor([int.from_bytes(digest, "big") for digest in salted], dtype=torch.int64, device=features.device)
-        kept = self.sample(side, keys, features.float())
+        kept = self.sample(side, hash_keys(names, self.seed).to(features.device), features.float())
         setattr(self, f"{side}_keys", [kept[0]])
         setattr(self, f"{side}_features", [kept[1]])
 
@@ -102,6 +100,12 @@ class FeatureSample(torchmetrics.Metric):
     def compute(self) -> dict[str, Tensor]:
         """``real`` and ``fake`` features, float (n, D)."""
         return {side: self.sample(side)[1] for side in ("real", "fake") if getattr(self, f"{side}_keys")}
+
+
+def hash_keys(names: Sequence[str], seed: int = 0) -> Tensor:
+    """int64 (n,) in [0, 2^56), one a name; images with the smallest ones are the sample of any set they are in."""
+    digests = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest() for name in names]
+    return torch.tensor([int.from_bytes(digest, "big") for digest in digests], dtype=torch.int64)
 
 
 class KernelDistance(FeatureSample):

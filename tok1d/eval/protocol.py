@@ -23,8 +23,7 @@ class Protocol:
         resample: ``bicubic`` (antialiased, on 8 bits) or ``lanczos`` (Pillow).
         space: text and faces are cut from the view (``model``), or from the picture brought back to the original size
             (``original``).
-        text_bins: table of character sizes, ``256``, ``512`` or ``1024`` (TokBench).
-        face_bins: table of face sizes, ``v1-256`` … ``v2-1024``.
+        text_bins, face_bins: names of the size bins (:data:`tok1d.eval.binned.BINS`).
         note: what it is for.
     """
 
@@ -39,7 +38,7 @@ class Protocol:
 
 
 def _family(size: int) -> list[Protocol]:
-    bins = {"text_bins": str(size), "face_bins": f"v2-{size}"}
+    bins = {"text_bins": f"text-v1-{size}", "face_bins": f"face-v2-{size}"}
     return [
         Protocol(f"recon{size}-v1", size, "crop", "bicubic", "model", **bins, note="the field's reconstruction view: centre crop"),
         Protocol(f"fit{size}-v1", size, "pad", "bicubic", "model", **bins, note="whole image, text and faces judged in the view"),

@@ -1,0 +1,225 @@
+"""Measures: what is computed of every picture, in one pass over the data.
+
+A measure sees a batch of originals once and its pictures once a rate. It returns values an image (columns of the image table),
+rows an instance (words, faces), and states that add up over chunks, ranks and resumed runs. Sums are exact — features are first
+rounded to a grid of 2⁻¹² — so the same images give the same numbers to the last bit however they were shared.
+Shapes: views and pictures are uint8 (B, 3, S, S).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tok1d.eval import pixel
+from tok1d.eval.frechet import Moments
+from tok1d.eval.manifest import Sample
+from tok1d.eval.protocol import Protocol
+from tok1d.eval.systems import Pictures
+from tok1d.eval.view import Geometry
+
+Row = dict[str, Any]
+State = dict[str, Tensor]
+GRID = 2.0**-12  # of features, before they are squared and added: sums of multiples of 2⁻²⁴ are exact in float64
+
+
+@dataclass
+class Batch:
+    """Originals as the system saw them.
+
+    Attributes:
+        samples: their rows of the manifest.
+        views: uint8 (B, 3, S, S).
+        geometry: where each image lies in its view.
+        images: originals, uint8 (3, H, W) each.
+        protocol: that made the views.
+    """
+
+    samples: Sequence[Sample]
+    views: Tensor
+    geometry: Sequence[Geometry]
+    images: Sequence[Tensor]
+    protocol: Protocol
+
+
+class Measure:
+    """Base of all measures; everything is optional.
+
+    Attributes:
+        name: of the measure, prefix of its states.
+        table: name of its instance rows, as ``words``.
+    """
+
+    name: str
+    table: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """What its numbers depend on: network ids, settings."""
+        return {}
+
+    def originals(self, batch: Batch) -> None:
+        """See a batch before its pictures."""
+
+    def pictures(self, batch: Batch, pictures: Pictures) -> dict[str, list[float | None]]:
+        """Values by column, one an image."""
+        return {}
+
+    def flush(self) -> list[Row]:
+        """Instance rows since the last flush; called at the end of a chunk."""
+        return []
+
+    def state(self) -> State:
+        """What adds up, and start anew; called at the end of a chunk."""
+        return {}
+
+    def add(self, a: State, b: State) -> State:
+        """Two states together; sums by default."""
+        return {k: a[k] + b[k] if k in a and k in b else a.get(k, b.get(k)) for k in {*a, *b}}  # type: ignore[misc]
+
+    def results(self, state: State, rate: str) -> Row:
+        """Numbers of a whole run at one rate, from the states of all its chunks."""
+        return {}
+
+    def instances(self, rows: Sequence[Row]) -> Row:
+        """Numbers of a whole run at one rate, from its instance rows."""
+        return {}
+
+
+class Pixels(Measure):
+    """MAE (grey levels), PSNR (dB), SSIM and MS-SSIM of the view."""
+
+    name = "pixels"
+
+    def pictures(self, batch: Batch, pictures: Pictures) -> dict[str, list[float | None]]:
+        a, b = batch.views, pictures.images
+        columns = {"mae": pixel.mae(a, b), "psnr": pixel.psnr(a, b).clamp(max=100), "ssim": pixel.ssim(a, b)}
+        if min(a.shape[-2:]) >= pixel.MS_SSIM_LEAST:
+            columns["ms_ssim"] = pixel.ms_ssim(a, b)
+        return {name: values.tolist() for name, values in columns.items()}
+
+
+class Perceptuals(Measure):
+    """LPIPS by trunk and DISTS.
+
+    Args:
+        nets: of ``lpips_vgg``, ``lpips_alex``, ``dists``.
+        device: where they run.
+    """
+
+    name = "perceptual"
+
+    def __init__(self, nets: Sequence[str] = ("lpips_vgg", "lpips_alex"), device: str | torch.device = "cpu") -> None:
+        from tok1d.eval.perceptual import Distance
+
+        self.device = torch.device(device)
+        self.nets = [Distance(name, self.device) for name in nets]
+        self._originals: list[list[Tensor]] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"nets": sorted(net.name for net in self.nets)}
+
+    def originals(self, batch: Batch) -> None:
+        views = batch.views.to(self.device).float() / 255
+        self._originals = [net.features(views) for net in self.nets]
+
+    def pictures(self, batch: Batch, pictures: Pictures) -> dict[str, list[float | None]]:
+        images = pictures.images.to(self.device).float() / 255
+        return {
+            net.name: net.compare(original, net.features(images)).double().cpu().tolist()
+            for net, original in zip(self.nets, self._originals)
+        }
+
+
+class Features(Measure):
+    """Fréchet distance, kernel distance and inception score in the space of one network, and the cosine of each pair.
+
+    Args:
+        net: a ``FeatureNet`` (``tok1d.eval.features``).
+        sample: images kept for the kernel distance and precision, chosen by a hash of their ids.
+        reference: moments of the real side from a cache; else the originals of this run are the real side.
+    """
+
+    def __init__(self, net: Any, sample: int = 5000, reference: Moments | None = None) -> None:
+        self.net, self.sample, self.reference = net, sample, reference
+        self.name = f"features/{net.name}"
+        self._state: State = {}
+        self._real: Tensor | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {"net": self.net.id, "reference": "cached" if self.reference is not None else "originals of this run"}
+
+    def originals(self, batch: Batch) -> None:
+        found = self.net.features(batch.views)
+        self._real = found["pooled"].cpu()
+        if self.reference is None:
+            self._keep("real", [s.id for s in batch.samples], found, torch.ones(len(batch.views), dtype=torch.bool))
+
+    def pictures(self, batch: Batch, pictures: Pictures) -> dict[str, list[float | None]]:
+        found = self.net.features(pictures.images)
+        ok = torch.tensor([s == "ok" for s in pictures.status])
+        self._keep(pictures.rate.name, [s.id for s in batch.samples], found, ok)
+        assert self._real is not None
+        cosine = torch.nn.functional.cosine_similarity(self._real.double(), found["pooled"].cpu().double())
+        return {f"cosine_{self.net.name}": cosine.tolist()}
+
+    def _keep(self, side: str, ids: Sequence[str], found: dict[str, Tensor], ok: Tensor) -> None:
+        from tok1d.eval.distribution import hash_keys
+
+        x = (found["pooled"].cpu().double() / GRID).round() * GRID
+        x, keys = x[ok], hash_keys([i for i, good in zip(ids, ok.tolist()) if good])
+        fresh = {"n": torch.tensor(len(x)), "sum": x.sum(0), "outer": x.T @ x, "keys": keys, "sample": x.float()}
+        if found.get("logits") is not None:
+            fresh["logits"] = found["logits"].cpu().float()[ok]
+        self._state = self.add(self._state, {f"{side}/{k}": v for k, v in fresh.items()})
+
+    def state(self) -> State:
+        held, self._state = self._state, {}
+        return held
+
+    def add(self, a: State, b: State) -> State:
+        summed = super().add(*({k: v for k, v in s.items() if k.rpartition("/")[2] in ("n", "sum", "outer")} for s in (a, b)))
+        for side in {k.rpartition("/")[0] for k in (*a, *b) if k.endswith("/keys")}:
+            keys = torch.cat([s[f"{side}/keys"] for s in (a, b) if f"{side}/keys" in s])
+            order = keys.argsort()[: self.sample]
+            for name in ("keys", "sample", "logits"):
+                parts = [s[f"{side}/{name}"] for s in (a, b) if f"{side}/{name}" in s]
+                if parts:
+                    summed[f"{side}/{name}"] = torch.cat(parts)[order]
+        return summed
+
+    def moments(self, state: State, side: str) -> Moments:
+        """Of ``real`` or a rate."""
+        n, total = int(state[f"{side}/n"]), state[f"{side}/sum"]
+        mean = total / max(1, n)
+        return Moments(n, mean, state[f"{side}/outer"] - torch.outer(mean, mean) * n)
+
+    def results(self, state: State, rate: str) -> Row:
+        from tok1d.eval.frechet import frechet_distance, inception_score, kernel_distance_of_subsets, precision_recall
+
+        if f"{rate}/n" not in state:
+            return {}
+        fake = self.moments(state, rate)
+        real = self.reference if self.reference is not None else self.moments(state, "real")
+        row: Row = {"real_images": real.n, "images": fake.n}
+        if min(real.n, fake.n) >= 2:
+            row[self.net.distance_name] = frechet_distance(real, fake)
+        samples = [state.get(f"{side}/sample") for side in ("real", rate)]
+        if all(s is not None and len(s) > 10 for s in samples):
+            mean, deviation = kernel_distance_of_subsets(samples[0], samples[1], size=min(1000, len(samples[1]) // 2))
+            row["kernel_distance"] = {"mean": mean, "deviation": deviation}
+            near = precision_recall(samples[0], samples[1], k=3)
+            row |= {"precision": near.precision, "recall": near.recall, "density": near.density, "coverage": near.coverage}
+        if f"{rate}/logits" in state:
+            row["inception_score"] = inception_score(state[f"{rate}/logits"])[0]
+        return row
+
+
+def default_measures(device: str = "cpu", perceptual: Sequence[str] = ("lpips_vgg", "lpips_alex", "dists")) -> list[Measure]:
+    """Those that need no data of their own: pixels, perceptual distances and codes."""
+    from tok1d.eval.codebook import Codes
+
+    return [Pixels(), Perceptuals(perceptual, device), Codes()]
