@@ -50,6 +50,8 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "GrowingScaleVQ": {"vocab_size": 40, "dim": 6, "scales": [1, 2, LATENTS], "phi": 0.5},
     "LeechShell": {},
     "KL": {"dim": 12},
+    "PerChannel": {"channels": 4, "bits": 3},
+    "PerChannel 72": {"channels": 12, "bits": 6, "posterior": True},
     "BernoulliBits": {"bits": 10, "dim": 8, "code_dim": 12},
     "BernoulliBits 70": {"bits": 70, "dim": 8, "code_dim": 72},
 }

@@ -53,7 +53,7 @@ def check_training(tokenizer: Tokenizer1D) -> None:
     assert set(out.lengths.tolist()) <= set(tokenizer.token_lengths) and set(tokenizer.quantizer.loss_weights) <= set(out.losses)
     own = {name: loss for name, loss in out.losses.items() if name not in tokenizer.quantizer.loss_weights}
     if tokenizer.decoder.objective == "own":
-        assert out.reconstruction is None and own
+        assert out.reconstruction is None and own and set(own) == set(tokenizer.decoder.loss_weights)
         loss = sum(own.values())
     else:
         assert out.reconstruction.shape == pictures.shape and not own

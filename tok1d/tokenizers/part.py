@@ -189,11 +189,13 @@ class Decoder(Part):
             so that an image is the same alone and in any batch; ``text`` float (B, T, W) encoded text.
         objective: what training compares: ``pixels`` (the picture it returns), or ``own``: pictures are sampled and
             training minimises :meth:`own_losses`.
+        loss_weights: published weights of those losses by log name, for training that does not set its own.
     """
 
     dim: int
     options: tuple[str, ...] = ()
     objective: str = "pixels"
+    loss_weights: dict[str, float] = {}  # noqa: RUF012
 
     @property
     def stochastic(self) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tok1d.errors import ImageError, ModelError, TokenError
 from tok1d.tokenizers.fitting import check_parts
 from tok1d.tokenizers.lengths import FixedLength, LengthRule
-from tok1d.tokenizers.part import Decoder, Encoder, Part, Quantizer, build_part, token_mask
+from tok1d.tokenizers.part import Decoder, Encoder, Part, Quantizer, QuantizerOutput, build_part, token_mask
 from tok1d.tokens import TokenSequence
 
 if TYPE_CHECKING:
@@ -276,6 +276,13 @@ class Tokenizer1D(nn.Module):
             return self.quantizer.ids_to_codes(data)
         rows = [self.quantizer.ids_to_codes(row[None, :n]) for row, n in zip(data, lengths.tolist())]
         return torch.cat(rows)
+
+    def prefix_codes(self, output: QuantizerOutput, tokens: int) -> Tensor:
+        """What the quantizer returned for all tokens → codes of the first so many, float (B, n, D); (B, N, D) if it is ``whole``."""
+        if not self.quantizer.whole:
+            return output.q[:, :tokens]
+        data = output.ids if output.bits is None else output.bits
+        return self.quantizer.ids_to_codes(data[:, :tokens])
 
     def decode_latents(self, q: Tensor, lengths: Tensor | None = None, **options: Any) -> Tensor:
         """Float (B, n, D) codes, int64 (B,) lengths → float (B, 3, H, W), not clamped.

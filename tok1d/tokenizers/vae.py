@@ -65,7 +65,9 @@ def check_vae(
 
 
 class _Float32(nn.Module):
-    """A frozen module that keeps its dtype when the model around it is cast."""
+    """A frozen module that keeps its dtype when the model around it is cast; training that frees the rest leaves it frozen."""
+
+    frozen = True
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         def keep(value: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class ReconstructionGrid(lightning.Callback):
 
         images = batch[: self.images]
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        grid = reconstruction_grid(task.tokenizer, images, self.tokens)
+        grid = reconstruction_grid(task.tokenizer, images, self.tokens, task.sampling())
         folder = Path(trainer.log_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / f"step-{trainer.global_step:07d}.png", grid)
@@ -107,11 +107,24 @@ class ReconstructionGrid(lightning.Callback):
                 logger.experiment.add_image("reconstructions", grid, trainer.global_step)
 
 
-def reconstruction_grid(tokenizer: Any, images: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """Float (B, 3, H, W) in [0, 1] → float (3, rows · H, B · W): a row of originals and one for each number of tokens."""
+def reconstruction_grid(
+    tokenizer: Any, images: Tensor, tokens: tuple[int, ...], sampling: dict[str, Any] | None = None
+) -> Tensor:
+    """Originals above their reconstructions.
+
+    Args:
+        tokenizer: a Tokenizer1D.
+        images: float (B, 3, H, W) in [0, 1].
+        tokens: counts for nested tokenizers; those above the maximum are left out.
+        sampling: options of the decoder.
+
+    Returns:
+        Float (3, rows · H, B · W): a row of originals and one for each number of tokens.
+    """
     counts = [k for k in tokens if k <= tokenizer.max_tokens] if tokenizer.is_nested else [tokenizer.max_tokens]
     code = tokenizer.quantizer(tokenizer.encode_latents(images))
-    rows = [images, *(tokenizer.decode_latents(code.q[:, :k]).float().clamp(0, 1) for k in counts)]
+    codes = [tokenizer.prefix_codes(code, k) for k in counts]
+    rows = [images, *(tokenizer.decode_latents(q, **(sampling or {})).float().clamp(0, 1) for q in codes)]
     return torch.cat([torch.cat(list(row), 2) for row in rows], 1).cpu()
 
 

@@ -38,13 +38,15 @@ class ReconstructionTask(lightning.LightningModule):
         tokenizer: what to train.
         init_from: model folder whose weights to start from (same parts; tensors it lacks start untrained).
         weights: weight of each loss by log name: ``l1``, ``l2``, ``log_l2``, ``lpips_vgg``, ``lpips_alex``, and whatever the quantizer
-            returns (``commitment``, ``codebook``, ``kl`` …), which have the quantizer's ``loss_weights`` unless given here.
-            What is missing or 0 is not computed.
+            returns (``commitment``, ``codebook``, ``kl`` …) or the decoder (``flow``), which have the ``loss_weights`` of these
+            parts unless given here. What is missing or 0 is not computed. A decoder with losses of its own paints no picture
+            in training, so pictures are not compared then. None: ``l1`` of pictures.
         lr: peak learning rate.
         warmup_steps: linear warm-up.
         final_lr: share of ``lr`` left at ``max_steps`` (cosine).
         betas, weight_decay: of AdamW; biases, norms, codebooks and embeddings are not decayed.
         val_tokens: token counts validated for nested tokenizers; powers of two if None.
+        val_steps: sampling steps of the pictures of a validation (decoders that take ``steps``).
         window: train the decoder on a random square of so many pixels (decoders that take ``window``), 0 for whole images.
         seed: of token counts, windows and sampled latents.
     """
@@ -60,15 +62,20 @@ class ReconstructionTask(lightning.LightningModule):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 1e-4,
         val_tokens: list[int] | None = None,
+        val_steps: int = 4,
         window: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(True)
+        for module in tokenizer.modules():
+            if getattr(module, "frozen", False):
+                module.requires_grad_(False)
         if init_from:
             _start_from(self.tokenizer, init_from)
-        given = {"l1": 1.0} if weights is None else weights
-        self.weights = {k: v for k, v in {**tokenizer.quantizer.loss_weights, **given}.items() if v}
+        published = {**tokenizer.quantizer.loss_weights, **tokenizer.decoder.loss_weights}
+        given = ({} if tokenizer.decoder.objective == "own" else {"l1": 1.0}) if weights is None else weights
+        self.weights = {k: v for k, v in {**published, **given}.items() if v}
         if not any(name in self.weights for name in tokenizer.quantizer.loss_weights):
             tokenizer.quantizer.requires_grad_(False)  # nothing gives it gradients, and data parallelism must know
         self.lr, self.warmup_steps, self.final_lr = lr, warmup_steps, final_lr
@@ -76,6 +83,7 @@ class ReconstructionTask(lightning.LightningModule):
         doubling = [2**i for i in range(most.bit_length()) if 2**i <= most] if tokenizer.is_nested else [most]
         self.val_tokens = doubling if val_tokens is None else val_tokens
         self.betas, self.weight_decay, self.window, self.seed = betas, weight_decay, window, seed
+        self.val_steps = val_steps
         self.perceptual = Frozen()
         self._check()
 
@@ -113,7 +121,9 @@ class ReconstructionTask(lightning.LightningModule):
             draw: source of every random choice of this step.
         """
         window = self._window(images, draw)
-        output = self.tokenizer(images, lengths, window=window)
+        output = self.tokenizer(images, lengths, window=window, generator=draw)
+        if output.reconstruction is None:
+            return output.losses, output.stats
         target = images if window is None else _cut(images, window)
         return {**self.pixel_losses(output.reconstruction.float(), target), **output.losses}, output.stats
 
@@ -135,13 +145,21 @@ class ReconstructionTask(lightning.LightningModule):
         wanted = {name: distance.to(self.device).features(images) for name, distance in self.perceptual.items()}
         code = self.tokenizer.quantizer(self.tokenizer.encode_latents(images))
         for k in self.val_tokens:
-            out = self.tokenizer.decode_latents(code.q[:, :k]).float().clamp(0, 1)
+            q = self.tokenizer.prefix_codes(code, k)
+            out = self.tokenizer.decode_latents(q, **self.sampling()).float().clamp(0, 1)
             error = (out - images).square().flatten(1).mean(1).clamp(min=1e-10)
             scores = {"psnr": (-10 * error.log10()).mean()}
             for name, distance in self.perceptual.items():
                 scores[name] = distance.compare(distance.features(out), wanted[name]).mean()
+            if self.tokenizer.decoder.objective == "own":
+                draw = torch.Generator().manual_seed(batch_idx)  # the same times and noise at every validation
+                scores |= self.tokenizer.decoder.own_losses(q.to(self.tokenizer.dtype), None, images, draw)
             self.log_dict({f"val/{n}_{k}": v for n, v in scores.items()}, batch_size=len(images), sync_dist=True)
         return {"ids": code.ids}
+
+    def sampling(self) -> dict[str, Any]:
+        """Options of the decoder for the pictures of a validation."""
+        return {"steps": self.val_steps} if "steps" in self.tokenizer.decoder.options else {}
 
     def configure_optimizers(self) -> dict[str, Any]:
         decayed, plain = [], []
@@ -193,6 +211,8 @@ class ReconstructionTask(lightning.LightningModule):
 
     def _check(self) -> None:
         tokenizer, (height, width) = self.tokenizer, self.tokenizer.image_size
+        if not self.weights:
+            raise UsageError("weights: no loss has a weight, so nothing would be learned; give one, such as weights: {l1: 1.0}")
         for k in self.val_tokens:
             if k not in tokenizer.token_lengths:
                 raise UsageError(f"val_tokens: {tokenizer.name} has no {k} tokens, only {_span(tokenizer.token_lengths)}")

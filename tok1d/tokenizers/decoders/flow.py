@@ -59,6 +59,7 @@ class RectifiedFlowDecoder(Decoder):
 
     options = ("steps", "guidance", "seeds", "solver", "norm_guidance")
     objective = "own"
+    loss_weights = {"flow": 1.0}  # noqa: RUF012
 
     def __init__(
         self,
@@ -160,6 +161,8 @@ class RectifiedFlowDecoder(Decoder):
         check_sampling(steps, scale, solver)
         self.net.check_codes(q, mask)
         guide = None if scale == 1 else Guidance(scale, self.norm_guidance if norm_guidance is None else norm_guidance)
+        if not len(q):
+            return noise.float()
         times = evaluation_times(steps, solver)
         make = self.net.fast_field if self.fast else self.net.plain_field
         return integrate(make(q, mask, times, guide), noise.float(), steps, solver)
