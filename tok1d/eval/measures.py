@@ -213,7 +213,7 @@ class Features(Measure):
             row["kernel_distance"] = {"mean": mean, "deviation": deviation}
             near = precision_recall(samples[0], samples[1], k=3)
             row |= {"precision": near.precision, "recall": near.recall, "density": near.density, "coverage": near.coverage}
-        if f"{rate}/logits" in state:
+        if len(state.get(f"{rate}/logits", ())):
             row["inception_score"] = inception_score(state[f"{rate}/logits"])[0]
         return row
 
