@@ -70,14 +70,14 @@ def test_search_is_exact(quantizer, shell, power):
 
 def test_every_shape_wins_somewhere(quantizer):
     torch.manual_seed(0)
-    x = torch.randn(1, 6000, 24)
+    x = torch.randn(1, 2000, 24)
     ids = quantizer.codes_to_ids(x)
     shapes = torch.bucketize(ids, torch.tensor([SECOND, THIRD]), right=True).flatten().bincount(minlength=3)
-    assert (shapes > 5).all() and shapes.sum() == 6000
+    assert (shapes > 1).all() and shapes.sum() == 2000
 
 
 def test_every_code_is_its_own_nearest(quantizer):
-    ids = torch.cat([torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))[:3000], torch.tensor(ONE_OF_EACH_SHAPE)])
+    ids = torch.cat([torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))[:800], torch.tensor(ONE_OF_EACH_SHAPE)])
     codes = quantizer.ids_to_codes(ids[None])
     assert torch.equal(quantizer.codes_to_ids(codes)[0], ids)
     assert torch.equal(quantizer.codes_to_ids(7 * codes.bfloat16())[0], ids), "bf16 loses no code"

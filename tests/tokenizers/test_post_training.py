@@ -131,6 +131,13 @@ def test_posterior_latents_are_coded_by_their_mean():
     assert (z.grad[..., :5] == 1).all() and (z.grad[..., 5:] == 0).all()
 
 
+def test_tables_exist_without_data():
+    with torch.device("meta"):
+        model = PerChannel(3, [6, 4, 2])
+    assert torch.equal(model.tables, PerChannel(3, [6, 4, 2]).tables) and model.tables.device.type == "cpu"
+    assert [int(row.isfinite().sum()) for row in model.tables] == [64, 16, 4]
+
+
 def test_published_size_is_96_bits():
     x = torch.randn(4, 100, 16, generator=torch.Generator().manual_seed(0))
     quantizer = PerChannel(16, 6, "tokenbridge")
