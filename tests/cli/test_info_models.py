@@ -83,8 +83,11 @@ def test_models_table(tok):
     assert done.code == 0 and lines[0].startswith("NAME") and len(lines) == 1 + len(PRESETS)
     assert any(line.startswith("default") and "1..256" in line for line in lines)
     rows = tok("models", "--json", "--filter", "nested").rows
-    assert {"name", "where", "tokens", "bits_per_token", "nested", "image_size", "licence", "parameters", "description"} == set(rows[0])
-    assert all(r["nested"] for r in rows)
+    assert {"name", "where", "tokens", "bits_per_token", "nested", "image_size", "licence", "parameters", "description"} < set(rows[0])
+    assert all(r["nested"] and r["bits_per_image"] == r["tokens"] * r["bits_per_token"] for r in rows)
+    assert [line.split()[0] for line in tok("models", "--filter", "research").out.splitlines()[1:]] == [p.name for p in PRESETS if p.research_only]
+    assert "apple-amlr (research only)" in tok("models", "--filter", "flextok").out
+    assert "latents" in tok("models", "--filter", "continuous").out.splitlines()[1]
     done = tok("models", "--filter", "zzz")
     assert done.code == 1 and "no model matches" in done.err
 

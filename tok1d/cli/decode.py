@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from tok1d.cli import options
 from tok1d.cli.paths import TOKEN_FORMATS, Item, check_targets, expand, is_folder, plan, safe_name
-from tok1d.cli.runtime import PER_INPUT, Report, count, load_model, ordered, report_for, say, together_or_alone
+from tok1d.cli.runtime import (
+    PER_INPUT,
+    Report,
+    count,
+    decode_options,
+    for_rows,
+    load_model,
+    ordered,
+    report_for,
+    say,
+    together_or_alone,
+)
 from tok1d.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +48,7 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument("--format", metavar="SUFFIX", help="png, jpg, webp, …; default: by the suffix of OUT, else png")
     parser.add_argument("--tokens", type=options.positive_int, metavar="N", help="use the first N tokens only (nested models)")
     parser.add_argument("--model-size", action="store_true", help="leave images at the model's size instead of undoing the size policy")
+    options.add_sampling(parser)
     options.add_model(parser)
     options.add_json(parser)
 
@@ -157,6 +169,8 @@ def _decode_all(model: Tokenizer1D, pieces: list[Piece], source: Source, args: N
     from tok1d.disk import atomic_write
     from tok1d.image_io import to_bytes, unfit
 
+    options = decode_options(model, args)
+
     def write(found: tuple[Piece, Decoded | BaseException]) -> dict[str, Any]:
         piece, decoded = found
         if isinstance(decoded, BaseException):
@@ -182,7 +196,7 @@ def _decode_all(model: Tokenizer1D, pieces: list[Piece], source: Source, args: N
         }
 
     start, workers = time.monotonic(), min(4, os.cpu_count() or 1)
-    decoded = _batches(model, pieces, source, args)
+    decoded = _batches(model, pieces, source, args, options)
     for (piece, _), row in ordered(write, decoded, workers, workers + 1):
         if isinstance(row, BrokenPipeError):
             raise row
@@ -197,12 +211,12 @@ def _decode_all(model: Tokenizer1D, pieces: list[Piece], source: Source, args: N
 
 
 def _batches(
-    model: Tokenizer1D, pieces: list[Piece], source: Source, args: Namespace
+    model: Tokenizer1D, pieces: list[Piece], source: Source, args: Namespace, options: dict[str, Any]
 ) -> Iterator[tuple[Piece, Decoded | BaseException]]:
     """Records of the same kind, about ``--batch-size`` rows at once, decoded; in the order of the pieces."""
 
     def decode(batch: Sequence[tuple[Piece, Record]]) -> list[Decoded]:
-        return decode_batch(model, batch, args.tokens, args.batch_size)
+        return decode_batch(model, batch, args.tokens, args.batch_size, options)
 
     waiting: list[tuple[Piece, Record]] = []
     for piece, record in _wanted(pieces, source):
@@ -240,9 +254,13 @@ def _wanted(pieces: list[Piece], source: Source) -> Iterator[tuple[Piece, Record
 
 
 def decode_batch(
-    model: Tokenizer1D, batch: Sequence[tuple[Piece, Record]], tokens: int | None, rows_at_once: int
+    model: Tokenizer1D,
+    batch: Sequence[tuple[Piece, Record]],
+    tokens: int | None,
+    rows_at_once: int,
+    options: dict[str, Any],
 ) -> list[Decoded]:
-    """Decode some records to images at the model's size, their tiles apart."""
+    """Decode some records to images at the model's size, their tiles apart; ``options`` of the decoder."""
     from dataclasses import replace
 
     import torch
@@ -258,7 +276,8 @@ def decode_batch(
         vocab_size=first.vocab_size, model_id=first.model_id, geometry=None, nested=all(r.nested for r in records),
     )  # fmt: skip
     seq = replace(seq, geometry=None)
-    parts = [model.decode(seq[i : i + rows_at_once]) for i in range(0, len(seq), rows_at_once)]
+    chunks = [seq[i : i + rows_at_once] for i in range(0, len(seq), rows_at_once)]
+    parts = [model.decode(chunk, **for_rows(options, len(chunk))) for chunk in chunks]
     images = torch.cat([p if isinstance(p, torch.Tensor) else torch.stack(p) for p in parts]).cpu()
     ends = [sum(r.tiles for r in records[: i + 1]) for i in range(len(records))]
     return [Decoded(piece, record, images[end - record.tiles : end]) for (piece, record), end in zip(batch, ends)]

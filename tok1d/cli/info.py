@@ -1,4 +1,7 @@
-"""``tok info`` and ``tok truncate``: what token files say about themselves, and shorter ones. Imports no torch for .tok."""
+"""``tok info`` and ``tok truncate``: what token files say about themselves (and model folders), and shorter ones.
+
+Imports no torch for .tok.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from tok1d.cli import options
 from tok1d.cli.decode import Source
 from tok1d.cli.paths import TOKEN_FORMATS, Item, check_targets, expand, plan
 from tok1d.cli.runtime import PER_INPUT, report_for
+from tok1d.sources import STANDARD_WEIGHTS, SUFFIXES, is_ours
 
 if TYPE_CHECKING:
     from tok1d.tokfile import Record
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
 
 def add_parsers(verbs: Any) -> None:
     parser = options.add_verb(verbs, "info", run_info, "print what token files hold: model, tokens, bits, original sizes")
-    parser.add_argument("inputs", nargs="+", metavar="TOKENS", help="files, folders, quoted globs, or - for .tok on standard input")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="TOKENS", help="files, folders, quoted globs, or - for .tok on standard input; of a model folder, what tok show says"
+    )
     options.add_json(parser)
     parser = options.add_verb(verbs, "truncate", run_truncate, "keep the first tokens of .tok files; needs no model")
     parser.add_argument("inputs", nargs="+", metavar="TOKENS", help="files, folders, quoted globs, or - for standard input")
@@ -31,7 +37,15 @@ def add_parsers(verbs: Any) -> None:
 
 
 def run_info(args: Namespace) -> int:
-    source = Source(expand(args.inputs, TOKEN_FORMATS, "token files"))
+    models = [given for given in args.inputs if is_model(Path(given))]
+    for given in models:
+        from tok1d import hub
+        from tok1d.cli.models import show
+
+        show(hub.find(Path(given)), given, args.json)
+    if len(models) == len(args.inputs):
+        return 0
+    source = Source(expand([given for given in args.inputs if given not in models], TOKEN_FORMATS, "token files"))
     report = report_for(args, len(source.items), "files")
     for item in source.items:
         try:
@@ -45,6 +59,13 @@ def run_info(args: Namespace) -> int:
         except PER_INPUT as error:
             report.fail(item.label, error)
     return report.close()
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a model rather than tokens: a folder of ours or with published weights, or a pickle of weights."""
+    if path.is_dir():
+        return is_ours(path) or any((path / name).is_file() for name in STANDARD_WEIGHTS)
+    return path.is_file() and (path.name in STANDARD_WEIGHTS or path.suffix in SUFFIXES[1:])
 
 
 def record_row(item: Item, index: int, record: Record) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
+from typing import Any
 
 from tok1d.cli.options import Parser
 from tok1d.errors import TokError, UsageError
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             # Pillow warns of large images and odd EXIF blocks that do not keep us from reading (what does is an error),
             # torchvision of how lpips calls it: nothing the person at the terminal could act on.
             warnings.filterwarnings("ignore", module=r"(PIL|torchvision)\.")
+            warnings.showwarning = _show_warning
             code = int(args.run(args))
         sys.stdout.flush()
         return code
@@ -96,6 +98,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         return _explain(error, args.verb)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Ours (UserWarning: licences, guesses) as one line; others with the place they come from, as Python has them."""
+    if category is UserWarning or category.__module__.startswith("tok1d"):
+        print(f"tok: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
 
 
 def _explain(error: Exception, verb: str) -> int:

@@ -83,11 +83,26 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="default", metavar="M", help="name (tok models), folder, or hub id owner/name; default: default")
+    group.add_argument("--model", default="default", metavar="M", help="name (tok models), folder, weights file, or hub id owner/name; default: default")
     group.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    add_license(group)
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: auto")
     group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of encoder and decoder; default: float32")
     group.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="images at once; default: 16")
+
+
+def add_license(parser: Any) -> None:
+    parser.add_argument("--accept-license", action="store_true", help="fetch weights that are licensed for research only (tok models)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options of decoders that sample or read text; refused by decoders that have no such option."""
+    group = parser.add_argument_group("decoders that sample (flow), draw noise, or read text")
+    group.add_argument("--steps", type=positive_int, metavar="N", help="steps of the sampler")
+    group.add_argument("--guidance", type=finite_float, metavar="G", help="strength of guidance; 1: none")
+    group.add_argument("--solver", metavar="NAME", help="euler, heun or midpoint")
+    group.add_argument("--seed", type=natural_int, metavar="S", help="of the noise, the same for every image; default: 0")
+    group.add_argument("--text", metavar="TEXT", help="what the pictures show, for decoders that read text; needs tok1d[text]")
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +141,17 @@ def positive_float(text: str) -> float:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"a number above 0 is needed, got {text!r}")
+    return value
+
+
+def finite_float(text: str) -> float:
+    """argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"a number is needed, got {text!r}")
     return value
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tok1d.cli import options
 from tok1d.cli.paths import IMAGE_SUFFIXES, Item, check_targets, expand
-from tok1d.cli.runtime import PER_INPUT, count, load_model, report_for, say
+from tok1d.cli.runtime import PER_INPUT, count, decode_options, for_rows, load_model, report_for, say
 from tok1d.errors import MissingExtraError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument("-f", "--force", action="store_true", help="overwrite an existing file")
     parser.add_argument("--height", type=options.positive_int, default=256, metavar="PX", help="of each picture; default: 256")
     options.add_policy(parser)
+    options.add_sampling(parser)
     options.add_model(parser)
     options.add_json(parser)
 
@@ -58,12 +59,13 @@ def run(args: Namespace) -> int:
     wanted = args.tokens or [k for k in DEFAULT_TOKENS if k in model.token_lengths] or [model.max_tokens]
     for k in wanted:
         model._check_tokens(k)
+    sampling = decode_options(model, args)
     distance = _distance(model)
     report = report_for(args, len(items), "images")
     rows: list[list[Cell]] = []
     for item in items:
         try:
-            cells, measured = reconstruct(model, item, wanted, args, distance)
+            cells, measured = reconstruct(model, item, wanted, args, distance, sampling)
         except PER_INPUT as error:
             report.fail(item.label, error)
             continue
@@ -83,7 +85,12 @@ def run(args: Namespace) -> int:
 
 
 def reconstruct(
-    model: Tokenizer1D, item: Item, wanted: list[int], args: Namespace, distance: Callable[[Tensor, Tensor], Tensor] | None
+    model: Tokenizer1D,
+    item: Item,
+    wanted: list[int],
+    args: Namespace,
+    distance: Callable[[Tensor, Tensor], Tensor] | None,
+    sampling: dict[str, Any],
 ) -> tuple[list[Cell], list[dict[str, Any]]]:
     """One row of the picture and its numbers: one encode, a decode for each number of tokens."""
     import torch
@@ -105,7 +112,7 @@ def reconstruct(
         prefix = seq[:, :k]
         decoded, errors, distances = [], [], []
         for start, part in zip(range(0, len(pixels), args.batch_size), parts):
-            rows = model.decode(prefix[start : start + len(part)])
+            rows = model.decode(prefix[start : start + len(part)], **for_rows(sampling, len(part)))
             assert isinstance(rows, torch.Tensor)
             original = part.to(rows.device).float() / 255
             errors.append((rows - original).square().double().mean((1, 2, 3)))

@@ -176,18 +176,39 @@ def together_or_alone(
 
 
 def load_model(args: argparse.Namespace) -> Tokenizer1D:
-    """The model of ``--model --revision --device --dtype``; imports torch."""
+    """The model of ``--model --revision --accept-license --device --dtype``; imports torch."""
     from tok1d import hub
 
-    folder = hub.resolve(args.model, revision=args.revision)  # a wrong name is said before torch is imported
+    # A wrong name is said before torch is imported.
+    found = hub.find(args.model, revision=args.revision, accept_license=args.accept_license, progress=not args.quiet)
     import torch
 
     device = _device(args.device)
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    model = hub.load(folder, device=device, dtype=dtype)
+    model = hub.load_found(found, device=device, dtype=dtype)
     if device == "cpu" and args.device == "auto" and not args.quiet:
         say("no CUDA: running on CPU")
     return model
+
+
+def decode_options(model: Tokenizer1D, args: argparse.Namespace) -> dict[str, Any]:
+    """What ``--steps --guidance --solver --seed --text`` ask of the decoder; text is encoded here, once.
+
+    Raises:
+        TokenError: the decoder has no such option.
+    """
+    given = {"steps": args.steps, "guidance": args.guidance, "solver": args.solver, "seeds": args.seed, "text": args.text}
+    options = model._check_options(given)  # before anything is encoded or read
+    if args.text is not None:
+        from tok1d.tokenizers.official.clip_text import text_features
+
+        options["text"] = text_features([args.text])
+    return options
+
+
+def for_rows(options: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The options of a batch of so many rows: one text for all of them."""
+    return {**options, "text": options["text"].expand(rows, -1, -1)} if "text" in options else options
 
 
 def _device(name: str) -> str:

@@ -1,4 +1,5 @@
-"""Turn a training run into a model folder: averaged weights, config.json and a generated card.
+"""Turn a training run, or published weights, into a model folder: averaged weights, config.json and a generated card; or
+a model into the files of a published family.
 
 Lightning checkpoints stay private to training; they are read with weights-only unpickling, and what users load is
 safetensors + JSON.
@@ -12,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tok1d import hub
 from tok1d.disk import atomic_write
 from tok1d.errors import ModelError, UsageError
+from tok1d.presets import Preset
+from tok1d.sources import INDEX, SUFFIXES, is_ours
+from tok1d.tokenizers.official.write import write_published
 from tok1d.tokenizers.tokenizer import CONFIG_NAME, WEIGHTS_NAME, Tokenizer1D
 from tok1d.training.card import Run, model_card, read_scores
 
@@ -33,16 +38,28 @@ def find_checkpoint(source: Path) -> Path:
     return found[-1]
 
 
+def is_published(source: Path) -> bool:
+    """Whether a path holds published weights rather than a run; a run folder holds checkpoints (.ckpt)."""
+    if source.is_file():
+        return source.suffix in SUFFIXES and source.suffix != ".ckpt"
+    return any((p.suffix in SUFFIXES and p.suffix != ".ckpt") or p.name == INDEX for p in source.glob("*"))
+
+
 def load_run(source: Path) -> Run:
-    """Read a run folder or checkpoint of ``tok fit``, or a model folder (to store it otherwise or add scores).
+    """Read a run folder or checkpoint of ``tok fit``, a model folder (to store it otherwise or add scores), or published
+    weights of a known family.
 
     Raises:
         ModelError: neither, damaged, or weights that do not fit their configuration or are not finite.
     """
-    if (source / CONFIG_NAME).is_file():
+    if is_ours(source):
         return Run(Tokenizer1D.from_pretrained(source))
+    if is_published(source):
+        return Run(hub.load(source))
     path = find_checkpoint(source)
     checkpoint = load_plain(path)
+    if "tokenizer_config" not in checkpoint and "run_settings" not in checkpoint:
+        return Run(hub.load(path))  # a checkpoint of somebody else's training, perhaps of a known family
     step, settings, state = (checkpoint.get(k) for k in ("global_step", "run_settings", "state_dict"))
     plain = isinstance(checkpoint.get("tokenizer_config"), dict) and isinstance(state, dict) and isinstance(step, int)
     if not plain or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
@@ -80,41 +97,68 @@ def load_plain(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def export(
-    source: Path,
+    source: str | Path,
     out: Path,
     *,
     name: str | None = None,
     dtype: str = "float32",
     scores: Path | None = None,
     overwrite: bool = False,
+    layout: str | None = None,
+    revision: str | None = None,
+    accept_license: bool = False,
 ) -> None:
-    """Write ``out``/config.json, weights and README.md.
+    """Write ``out``/config.json, weights and README.md; for a published layout, what its readers take.
 
     Args:
-        source: run folder, checkpoint or model folder.
+        source: run folder, checkpoint, model folder, or anything :func:`tok1d.load` takes.
         out: folder to write.
         name: of the model; that of the configuration if None.
         dtype: ``float32`` or ``float16``, of the stored weights.
         scores: JSON written by benchmarks/default_scores.py, shown in the card.
         overwrite: replace an existing model.
+        layout: a published family (``titok-legacy`` …) instead of our own folder; there is no card then.
+        revision, accept_license: as :func:`tok1d.load`, of a source on the hub.
 
     Raises:
         UsageError: ``out`` holds a model already and ``overwrite`` is False, or ``scores`` is not what it should be.
         ModelError: the run cannot be read, or its weights do not fit into float16.
     """
-    held = [n for n in (CONFIG_NAME, WEIGHTS_NAME, "README.md") if (out / n).exists()]
+    names = (CONFIG_NAME, "model.safetensors") if layout else (CONFIG_NAME, WEIGHTS_NAME, "README.md")
+    held = [n for n in names if (out / n).exists()]
+    if layout and scores:
+        raise UsageError("--scores go into the card of our own folder; --layout writes none")
     if held and not overwrite:
         raise UsageError(f"{out} holds {held[0]} already; use -f to replace it, or name another folder")
     measured = read_scores(scores) if scores else {}
-    run = load_run(source)
+    preset = None
+    if Path(source).exists() or isinstance(source, Path):
+        run = load_run(Path(source))
+    else:
+        found = hub.find(source, revision=revision, accept_license=accept_license)
+        run, preset = Run(hub.load_found(found)), found.preset
     if name:
         run.tokenizer.name = name
     kind: torch.dtype = getattr(torch, dtype)
     for key, value in run.tokenizer.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value.to(kind)).all():
             raise ModelError(f"{key} does not fit into {dtype} (largest value {value.abs().max():.4g}); use --dtype float32")
+    if layout:
+        write_published(run.tokenizer, layout, out, dtype=kind)
+        return
     run.tokenizer.save_pretrained(out, dtype=kind)
-    atomic_write(out / "README.md", model_card(run, dtype, measured).encode())
+    atomic_write(out / "README.md", (model_card(run, dtype, measured) + _origin(preset)).encode())
+
+
+def _origin(preset: Preset | None) -> str:
+    """The card's section about published weights; they keep their licence."""
+    if preset is None or not preset.hub_id:
+        return ""
+    terms = " (for research only)" if preset.research_only else ""
+    return (
+        f"\n## Origin\n\nConverted from the published weights {preset.url}, licence of the weights: "
+        f"{preset.licence}{terms}. Paper: {preset.paper}, code: {preset.code}\n"
+    )
 
 
 def _throughput(checkpoint: dict[str, Any]) -> dict[str, Any]:
