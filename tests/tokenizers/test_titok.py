@@ -8,8 +8,9 @@ from tests.contract.parts import DecoderContract, EncoderContract
 from tests.contract.tokenizer import TokenizerContract
 from tok1d.errors import ModelError, TokenError
 from tok1d.tokenizers.blocks import Block, Transformer, patchify, unpatchify
-from tok1d.tokenizers.decoders.grid import GridDecoder
+from tok1d.tokenizers.decoders.grid import GridDecoder, TextGridDecoder
 from tok1d.tokenizers.encoders.titok import TiTokEncoder
+from tok1d.tokenizers.official.titok_legacy import LegacyTiTokEncoder, ProxyCodeDecoder, scramble
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 
 ENCODER = {"class": "tok1d.tokenizers.encoders.titok.TiTokEncoder", "tokens": 4, "dim": 6}
@@ -73,6 +74,78 @@ class TestDecoder(DecoderContract):
     def test_too_many_tokens(self):
         with pytest.raises(TokenError, match="up to 4 tokens, got 5"):
             GridDecoder(4, 6, width=32, depth=1, heads=1, image_size=16)(torch.zeros(1, 5, 6))
+
+
+class TestTextDecoder(DecoderContract):
+    config = {**DECODER, **TINY, "class": "tok1d.tokenizers.decoders.grid.TextGridDecoder", "text_tokens": 3, "text_dim": 5}
+    image_size = (16, 24)
+    text = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(2))
+
+    @pytest.fixture(autouse=True)
+    def given_text(self, monkeypatch):
+        """The contract calls decoders without options: every image gets the same text."""
+        forward = TextGridDecoder.forward
+        with_text = lambda decoder, q, mask=None: forward(decoder, q, mask, self.text.expand(len(q), -1, -1))  # noqa: E731
+        monkeypatch.setattr(TextGridDecoder, "forward", with_text)
+
+
+def test_text_guides_the_picture():
+    torch.manual_seed(0)
+    decoder = TextGridDecoder(4, 6, text_tokens=3, text_dim=5, **TINY).eval()
+    assert decoder.options == ("text",)
+    q, text = torch.randn(2, 4, 6), torch.randn(2, 3, 5)
+    pictures = decoder(q, text=text)
+    assert not torch.allclose(pictures, decoder(q, text=text.flip(1))), "the order of the text counts"
+    torch.testing.assert_close(pictures[1:], decoder(q[1:], text=text[1:]))
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    torch.testing.assert_close(decoder(q, mask, text)[:1], decoder(q[:1, :2], text=text[:1]), atol=1e-5, rtol=1e-4)
+    for wrong in (None, text[:1], text[:, :2], text[..., :4]):
+        with pytest.raises(TokenError, match=r"encoded text of each image, float \(2, 3, 5\).*Pass text=text_features"):
+            decoder(q, text=wrong)
+
+
+class TestLegacyEncoder(EncoderContract):
+    config = {**ENCODER, **TINY, "class": "tok1d.tokenizers.official.titok_legacy.LegacyTiTokEncoder"}
+    image_size = (16, 24)
+
+
+class TestProxyCodeDecoder(DecoderContract):
+    config = {
+        **DECODER, **TINY, "class": "tok1d.tokenizers.official.titok_legacy.ProxyCodeDecoder", "proxy_codes": 20,
+        "proxy_dim": 5, "pixel_width": 8, "pixel_multipliers": [1, 1, 1, 2], "pixel_depth": 1, "pixel_groups": 4,
+    }  # fmt: skip
+    image_size = (16, 24)
+
+    def test_logits_and_pictures(self):
+        decoder = ProxyCodeDecoder(**{k: v for k, v in self.config.items() if k != "class"}).eval()
+        q = self.codes()
+        logits = decoder.logits(q)
+        assert logits.shape == (2, 6, 20)
+        torch.testing.assert_close(decoder(q), decoder.pixels(logits.softmax(-1) @ decoder.proxy_codebook))
+
+    def test_grids_must_agree(self):
+        with pytest.raises(ModelError, match="patches of 8 pixels make a grid of .2, 3., 2 pixel_multipliers one of .8, 12."):
+            ProxyCodeDecoder(4, 6, **TINY, pixel_multipliers=[1, 1])
+
+
+def test_legacy_reshape():
+    """Element (w, l) of the published map is number w · L + l in a row: channel f % W of latent f // W."""
+    tokens, width = 4, 8
+    x = torch.arange(tokens * width).view(1, tokens, width)
+    y = scramble(x)[0]
+    for w in range(width):
+        for i in range(tokens):
+            flat = w * tokens + i
+            assert y[i, w] == x[0, flat // width, flat % width] == flat
+    assert torch.equal(y.T, x.reshape(width, tokens)), "not a transposition"
+    # every latent of the encoder depends on every query's output; in the one-stage encoder each on its own
+    for kind, others in ((LegacyTiTokEncoder, True), (TiTokEncoder, False)):
+        torch.manual_seed(0)
+        encoder = kind(4, 6, **TINY)
+        features = torch.randn(1, 4, 32, requires_grad=True)
+        encoder.features = lambda images, features=features: features
+        (grad,) = torch.autograd.grad(encoder(torch.zeros(1, 3, 16, 24))[0, 1].sum(), features)
+        assert bool((grad[0, [0, 2, 3]] != 0).any()) == others and grad[0, 1].any()
 
 
 def test_block_equals_torch_encoder_layer():

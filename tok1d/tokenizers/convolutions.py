@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,14 +51,28 @@ class ResidualBlock(nn.Module):
 
 
 class Upsample(nn.Conv2d):
-    """Nearest-neighbour enlargement to twice the size, then a 3×3 convolution of as many channels."""
+    """Nearest-neighbour enlargement to twice the size, then a 3×3 convolution of as many channels.
+
+    Each output pixel sees only 2×2 different input pixels. A transposed convolution whose 4×4 kernel sums the weights that
+    fall on the same pixel gives the same result from 16 products instead of 36.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Float (B, C, H, W) → float (B, C, 2H, 2W)."""
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        pixels = len(x) * x.shape[2] * x.shape[3]
+        if torch.is_grad_enabled() or x.device.type != "cpu" or pixels < self.in_channels:  # summing weights costs too
+            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        weight = self.weight.transpose(0, 1).flatten(2) @ _spread(x)  # (in, out, 16)
+        return F.conv_transpose2d(x, weight.unflatten(2, (4, 4)), self.bias, stride=2, padding=1)
+
+
+def _spread(like: Tensor) -> Tensor:
+    """Float (9, 16): which places of a 4×4 transposed kernel a weight of the 3×3 kernel is added to, after a doubling."""
+    line = like.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+    return torch.kron(line, line)
 
 
 class Level(nn.Module):
