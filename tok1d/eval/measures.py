@@ -68,6 +68,9 @@ class Measure:
         """Values by column, one an image."""
         return {}
 
+    def missing(self, sample: Sample, rates: Sequence[str]) -> None:
+        """An image that could not be read: its instances are rows, too."""
+
     def flush(self) -> list[Row]:
         """Instance rows since the last flush; called at the end of a chunk."""
         return []
@@ -84,8 +87,8 @@ class Measure:
         """Numbers of a whole run at one rate, from the states of all its chunks."""
         return {}
 
-    def instances(self, rows: Sequence[Row]) -> Row:
-        """Numbers of a whole run at one rate, from its instance rows."""
+    def instances(self, rows: Sequence[Row], rate: str) -> Row:
+        """Numbers of a whole run at one rate, from all instance rows of the run."""
         return {}
 
 

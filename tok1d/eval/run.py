@@ -139,6 +139,8 @@ def _chunk(
         read_ones = list(zip(part, pool.map(read, part)))
         for sample, found in read_ones:
             if isinstance(found, str):
+                for measure in measures:
+                    measure.missing(sample, [r.name for r in system.rates])
                 yield from ({"table": "images", "id": sample.id, "rate": r.name, "status": found} for r in system.rates)
         good = [(sample, found) for sample, found in read_ones if not isinstance(found, str)]
         if not good:

@@ -49,7 +49,7 @@ def summarise(out: Path, measures: Sequence[Measure], *, seconds: float = 0.0, i
         for measure in measures:
             found = measure.results(states[measure.name], name)
             if measure.table:
-                found = {**found, **measure.instances([r for r in instances[measure.table] if r["rate"] == name])}
+                found = {**found, **measure.instances(instances[measure.table], name)}
             if found:
                 row.setdefault("measures", {})[measure.name] = found
         rates.append(row)
