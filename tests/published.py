@@ -18,7 +18,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one_d_piece": ("titok-legacy", {}),
     "tatitok_vq": ("tatitok", {}),
     "maskgit_vqgan": ("maskgit-vqgan", {"crop_size": 64}),
-    "flextok": ("flextok", {"scaling_factor": 0.6}),
+    "flextok": ("flextok", {"scaling_factor": 0.6, "max_timestep": 1.0}),
 }
 
 

@@ -241,8 +241,10 @@ def test_options_replace_published_values(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tree(golden)))
     assert not tok1d.load(tmp_path, options={"use_l2_norm": False}).quantizer.l2  # wherever it stands
     assert tok1d.load(tmp_path, options={"model.vq_model.strict_length_assertion": False}).is_nested
-    with pytest.raises(ModelError, match=r"the option 'use_l2_nrom' changes nothing"):
-        tok1d.load(tmp_path, options={"use_l2_nrom": False})
+    assert tok1d.load(tmp_path, options={"use_l2_norm": True}).quantizer.l2  # so already
+    for wrong in ("use_l2_nrom", "model.vq_model.use_l2_nrom", "vq_model.use_l2_norm.x"):
+        with pytest.raises(ModelError, match=rf"titok-legacy has no option '{wrong}'.*model\.vq_model\.use_l2_norm"):
+            tok1d.load(tmp_path, options={wrong: False})
 
 
 def test_overridden_leaves_the_original():

@@ -85,13 +85,13 @@ def load_published(
         source: folder or file, as :func:`tok1d.tokenizers.official.read.read`.
         name: of the tokenizer.
         layout: its family; recognised if None.
-        options: entries of the published configuration to replace or add; each must change something.
+        options: entries of the published configuration to replace or add, ones that the family reads.
 
     Returns:
         Name of the family, tokenizer.
 
     Raises:
-        ModelError: unreadable files, no known family, tensors or sizes that do not fit it, options without effect.
+        ModelError: unreadable files, no known family, tensors or sizes that do not fit it, options it never looks at.
     """
     from tok1d.tokenizers.official.layout import load_state
     from tok1d.tokenizers.official.read import read
@@ -101,19 +101,48 @@ def load_published(
         family = layout_named(layout) if layout else recognise(found.shapes)
         published = found.config
         for key, value in (options or {}).items():
-            changed = overridden(published, key, value)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of guesses that the option replaces
-                before, after = (family.config(found.shapes, tree, name) for tree in (published, changed))
-            if before == after:
-                raise ModelError(
-                    f"the option {key!r} changes nothing: {family.name} has none of that name (a dotted path, as "
-                    "model.vq_model.use_l2_norm, names a place in config.json), or it is so already"
-                )
-            published = changed
+            published = overridden(published, key, value)
+        if options:
+            _check_read(family, found.shapes, published, name, options)
         return family.name, load_state(family, found.state, published, name)
     except ModelError as error:
         raise ModelError(f"{found.path}: {error}") from error
+
+
+class _Watched(dict[str, Any]):
+    """A configuration tree that notes the paths it is asked for."""
+
+    def __init__(self, tree: Mapping[str, Any], asked: set[str], path: str = "") -> None:
+        super().__init__({k: _Watched(v, asked, f"{path}{k}.") if isinstance(v, dict) else v for k, v in tree.items()})
+        self._asked, self._path = asked, path
+
+    def __getitem__(self, key: str) -> Any:
+        self._asked.add(self._path + key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._asked.add(f"{self._path}{key}")
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._asked.add(self._path + key)
+        return super().get(key, default)
+
+
+def _check_read(
+    family: Layout, shapes: Shapes, published: dict[str, Any], name: str, options: Mapping[str, Any]
+) -> None:
+    """Refuse options that the family never looks at: a misspelt one would be ignored in silence."""
+    asked: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when the model is built
+        family.config(shapes, _Watched(published, asked), name)
+    for key in options:
+        if key not in asked and not ("." not in key and any(path.endswith(f".{key}") for path in asked)):
+            raise ModelError(
+                f"{family.name} has no option {key!r}: its configuration is asked for "
+                f"{', '.join(sorted(asked)) or 'nothing'}. A dotted path names a place in config.json"
+            )
 
 
 def overridden(published: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
