@@ -87,15 +87,23 @@ class BucketedCTC:
         characters: in the order of the network's classes from 1 on.
         device: of the network.
         buckets: widths, ascending. Wider crops are squeezed to the last one.
-        batch: crops of the narrowest bucket in one run; fewer of the wider ones, so that memory stays bounded.
+        batch: crops of the narrowest bucket in one run, fewer of the wider ones, so that memory stays bounded. None takes 32
+            on a CPU, whose caches hold no more, and 256 elsewhere.
     """
 
     def __init__(
-        self, network: Callable[[Tensor], Tensor], characters: Sequence[str], device: str | torch.device, buckets: Sequence[int], batch: int
+        self,
+        network: Callable[[Tensor], Tensor],
+        characters: Sequence[str],
+        device: str | torch.device = "cpu",
+        buckets: Sequence[int] = BUCKETS,
+        batch: int | None = None,
     ) -> None:
+        self.device = torch.device(device)
+        batch = (32 if self.device.type == "cpu" else 256) if batch is None else batch
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < HEIGHT // 2 or batch < 2:
             raise TokError(f"buckets must be ascending widths from {HEIGHT // 2} and batch at least 2, got buckets={tuple(buckets)}, batch={batch}")
-        self.network, self.device = network, torch.device(device)
+        self.network = network
         self.alphabet = np.array(["", *characters])
         self.buckets, self.batch = tuple(buckets), batch
         grey = torch.arange(256, dtype=torch.float32) / 255
@@ -177,23 +185,28 @@ class EasyOCR(BucketedCTC):
     """
 
     def __init__(
-        self, model_dir: str | Path | None = None, device: str | torch.device = "cpu", buckets: Sequence[int] = BUCKETS, batch: int = 64
+        self, model_dir: str | Path | None = None, device: str | torch.device = "cpu", buckets: Sequence[int] = BUCKETS, batch: int | None = None
     ) -> None:
         require("easyocr", "ocr")
         package, config = require("easyocr.model.vgg_model", "ocr"), require("easyocr.config", "ocr")
         characters = config.recognition_models["gen2"]["english_g2"]["characters"]
-        path = _weights(model_dir, Path(config.MODULE_PATH) / "model")
+        path = find_weights(model_dir, Path(config.MODULE_PATH) / "model")
         network = package.Model(input_channel=1, output_channel=256, hidden_size=256, num_class=len(characters) + 1)
         network.load_state_dict(_state(path, network))
-        network = network.eval().requires_grad_(False).to(device)
-        super().__init__(lambda x: network(x, None), characters, device, buckets, batch)
+        # Channels last: its pooling and convolutions are 1.4 times as fast on a CPU.
+        network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        super().__init__(lambda x: network(x.contiguous(memory_format=torch.channels_last), None), characters, device, buckets, batch)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         self.id = f"easyocr-{metadata.version('easyocr')}/english_g2@{digest}/h{HEIGHT}-w{'-'.join(map(str, self.buckets))}"
         self.charset: frozenset[str] | None = frozenset(characters)
 
 
-def _weights(given: str | Path | None, own: Path) -> Path:
-    """Where ``english_g2.pth`` lies."""
+def find_weights(given: str | Path | None, own: Path) -> Path:
+    """Where ``english_g2.pth`` lies: in the folder (or file) given, in the package easyocr_en_models, in EasyOCR's ``own`` folder.
+
+    Raises:
+        ModelError: nowhere.
+    """
     folders = [own] if given is None else [Path(given)]
     spec = importlib.util.find_spec("easyocr_en_models") if given is None else None
     if spec is not None and spec.submodule_search_locations:
