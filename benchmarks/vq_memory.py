@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "vq_drawn": ("vq.VQ", {"l2": True, "temperature": 0.03}, True),
     "vq_rotation": ("vq.VQ", {"rotation": True}, True),
     "vq_ema": ("vq.VQ", {"ema": True}, True),
-    "vq_restart": ("vq.VQ", {"ema": True, "dead_code_threshold": 0.5}, True),
+    "vq_restart": ("vq.VQ", {"ema": True, "ema_decay": 0.5, "dead_code_threshold": 0.9}, True),  # most codes, at once
     "vq_kmeans": ("vq.VQ", {"kmeans_iterations": 1}, True),
     "vq_clustering": ("vq.VQ", {"clustering": True}, True),
     "simvq": ("simvq.SimVQ", {}, True),

@@ -31,7 +31,7 @@ from tok1d.tokenizers.quantizers.common import (
 )
 from tok1d.tokenizers.quantizers.vq_search import nearest
 
-PIECE_CPU, PIECE_GPU = 2**21, 2**24  # scores alive in one of the tensors of a piece
+PIECE_CPU, PIECE_GPU = 2**21, 2**23  # scores alive in one of the tensors of a piece
 
 
 class IBQ(Quantizer):
