@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from tests.tokenizers import mix
@@ -135,6 +136,34 @@ def test_the_design_covers_every_pair():
 def test_every_two_parts_work_together(quantizer, tmp_path):
     for combination in (m for m in COVERING if m.quantizer == quantizer):
         check(combination, tmp_path)
+
+
+@pytest.mark.parametrize("combination", COVERING[:: len(COVERING) // 6], ids=lambda m: "-".join(m[:3]))
+def test_yaml_of_a_training_run_builds_the_same(combination, tmp_path):
+    """As ``tok fit`` reads it: class_path and init_args, values named once and repeated (anchors)."""
+    jsonargparse = pytest.importorskip("jsonargparse", reason="needs tok1d[train]")
+    config = mix.config(combination)
+    slots = {slot: dict(config[slot]) for slot in Mix._fields}
+    slots = {slot: {"class_path": values.pop("class"), "init_args": values} for slot, values in slots.items()}
+    shared = [IMAGE, IMAGE]  # one list in several places: written as an anchor and its repetitions
+    for values in slots.values():
+        if "image_size" in values["init_args"]:
+            values["init_args"]["image_size"] = shared
+    arguments = {"name": "mix", "image_size": shared, **slots}
+    path = f"{Tokenizer1D.__module__}.{Tokenizer1D.__qualname__}"
+    text = yaml.safe_dump({"tokenizer": {"class_path": path, "init_args": arguments}})
+    assert "&id001" in text and "*id001" in text
+    (tmp_path / "run.yaml").write_text(text)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--tokenizer", type=Tokenizer1D)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
+    built = instantiate(parser.parse_path(tmp_path / "run.yaml")).tokenizer
+    wanted = Tokenizer1D.from_config(config)
+    for slot in Mix._fields:
+        got = built.to_config()[slot]
+        assert {**got, "image_size": None} == {**wanted.to_config()[slot], "image_size": None}
+    shapes = [{k: v.shape for k, v in t.state_dict().items()} for t in (built, wanted)]
+    assert shapes[0] == shapes[1] and built.image_size == wanted.image_size
 
 
 @pytest.mark.slow

@@ -12,14 +12,13 @@ import yaml
 
 import tok1d
 from tests.data.files import encoded, folder
+from tests.tokenizers import mix
 from tok1d.cli.main import main
 from tok1d.errors import ModelError
 from tok1d.training.export import load_run
 from tok1d.training.fit import find_config
 
 ROOT = Path(__file__).parents[2]
-VIT = {"width": 32, "depth": 1, "heads": 2, "image_size": 32}
-SPECTRAL = {"tokens": 8, "dim": 4, "grid": 8, "image_size": [32, 32]}
 
 
 @pytest.fixture
@@ -116,18 +115,19 @@ def test_hostile_checkpoint_is_not_continued(tok):
 
 
 def shrunk(name: str) -> dict:
-    """An overlay that makes the parts of a recipe tiny; everything else stays as it is."""
+    """An overlay that makes the parts of a recipe tiny; widths of codes, the quantizer and everything else stay as they are."""
     recipe = yaml.safe_load((ROOT / f"configs/tokenizer/{name}.yaml").read_text())
     parts = recipe["model"]["init_args"]["tokenizer"]["init_args"]
-    small = SPECTRAL if "Spectral" in parts["encoder"]["class_path"] else VIT
-    tiny = {slot: {"class_path": parts[slot]["class_path"], "init_args": dict(small)} for slot in ("encoder", "decoder")}
-    if small is SPECTRAL:
-        tiny["decoder"]["init_args"] |= {"widths": [8] * 5, "blocks": [1] * 5, "condition": 8}
-        tiny["quantizer"] = {"class_path": parts["quantizer"]["class_path"], "init_args": {"tokens": 8, "dim": 4, "vocab_size": 16, "books": 2}}
+    tiny = {}
+    for slot, rows in (("encoder", mix.ENCODERS), ("decoder", mix.DECODERS)):
+        path = parts[slot]["class_path"]
+        tiny[slot] = {"class_path": path, "init_args": dict(rows[path.rpartition(".")[2]])}
+    if "tokens" in parts["quantizer"].get("init_args", {}):
+        small = {"tokens": mix.LATENTS, "vocab_size": 16, "books": 2}
+        tiny["quantizer"] = {"class_path": parts["quantizer"]["class_path"], "init_args": small}
     weights = {k: v for k, v in recipe["model"]["init_args"]["weights"].items() if not k.startswith("lpips")}
     model = {"tokenizer": {"class_path": "tok1d.tokenizers.tokenizer.Tokenizer1D", "init_args": {"image_size": [32, 32], **tiny}}}
-    if small is SPECTRAL:
-        model |= {"init_from": None, "val_tokens": [1, 8], "window": 16 if recipe["model"]["init_args"].get("window") else 0}
+    model |= {"init_from": None, "val_tokens": None, "window": 16 if recipe["model"]["init_args"].get("window") else 0}
     return {
         "trainer": {"accelerator": "cpu", "devices": 1, "fast_dev_run": True},
         "model": {"class_path": "tok1d.training.tasks.ReconstructionTask", "init_args": {**model, "weights": weights}},
@@ -158,9 +158,28 @@ def test_headers_say_what_they_must(path):
 # runs ------------------------------------------------------------------------------------------------------------
 
 
+def all_values(err: str) -> list[dict[str, float]]:
+    """What each validation said."""
+    lines = [line for line in err.splitlines() if line.startswith("step") and "val/psnr" in line]
+    return [{k: float(v) for k, v in (pair.split() for pair in line.partition(": ")[2].split(", "))} for line in lines]
+
+
 def last_values(err: str) -> dict[str, float]:
-    line = [line for line in err.splitlines() if line.startswith("step") and "val/psnr" in line][-1]
-    return {k: float(v) for k, v in (pair.split() for pair in line.partition(": ")[2].split(", "))}
+    return all_values(err)[-1]
+
+
+@pytest.mark.parametrize("name", ["titok_bits_flow", "binary_leech_generative", "registers_simvq_grid"])
+def test_surprising_combinations_learn_and_export(tok, name):
+    """Parts that no published family has together: a few steps lower the error, and the exported model makes and reads tokens."""
+    code, _, err = tok("fit", "--config", f"debug/{name}", "--trainer.max_steps", "24", "--trainer.val_check_interval", "12", "--data.val_images", "4", "--data.batch_size", "8")
+    error = [values["val/flow_16"] if "val/flow_16" in values else -values["val/psnr_16"] for values in all_values(err)]
+    assert code == 0 and len(error) == 2 and error[1] < error[0], err
+    assert tok("export", f"runs/debug/{name}", "model")[0] == 0
+    model, image = tok1d.load("model"), torch.rand(1, 3, 32, 32)
+    assert model.token_lengths == list(range(1, 17))
+    model.encode(image, tokens=4).save("image.tok")
+    pictures = [model.decode(tok1d.TokenSequence.load("image.tok")) for _ in range(2)]
+    assert pictures[0].shape == (1, 3, 32, 32) and torch.equal(*pictures)
 
 
 def test_moving_average_codebook_learns(tok):
