@@ -14,11 +14,12 @@ import warnings
 from argparse import Namespace
 from typing import Any
 
+from tok1d.cli.evaluate import VERBS as EVAL_VERBS
 from tok1d.cli.options import Parser
 from tok1d.errors import TokError, UsageError
 
 # In the order of the help. Each module offers add_parsers(verbs) and imports torch only when its verb runs.
-MODULES = ("encode", "decode", "info", "reconstruct", "models", "train")
+MODULES = ("encode", "decode", "info", "reconstruct", "models", "train", "evaluate")
 EXAMPLES = """examples:
   tok encode photo.jpg --tokens 32              photo.tok, about 100 bytes
   tok decode photo.tok -o again.png
@@ -42,6 +43,8 @@ def parse(argv: list[str] | None) -> Namespace:
     """Arguments of one call; exits with 0 after --help and 2 on wrong usage."""
     given = sys.argv[1:] if argv is None else list(argv)
     verb = next((i for i, a in enumerate(given) if not a.startswith("-")), len(given))
+    if given[verb : verb + 1] == ["eval"] and not set(given[verb + 1 : verb + 2]) & {*EVAL_VERBS, "-h", "--help"}:
+        given.insert(verb + 1, "run")  # tok eval MODEL DATA
     passed = given[verb + 1 :] if given[verb : verb + 1] == ["fit"] else []  # LightningCLI parses what follows fit
     parser = build_parser()
     args, extras = parser.parse_known_args(given[: verb + 1] if passed else given)
@@ -56,7 +59,8 @@ def parse(argv: list[str] | None) -> Namespace:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if extras:
-        parser.verbs.choices[args.verb].unknown_flags(extras)
+        used = parser.verbs.choices[args.verb]
+        (used.verbs.choices[args.what] if used.verbs else used).unknown_flags(extras)
     if passed:
         args.arguments = passed
     args.debug = getattr(args, "debug", False) or args.debug_all

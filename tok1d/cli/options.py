@@ -81,9 +81,12 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--skip-existing", action="store_true", help="leave out inputs whose output exists: resumes a run")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, by_flag: bool = True) -> None:
+    """The flags that say which model runs where; ``by_flag=False`` for verbs that name the model first."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="default", metavar="M", help="name (tok models), folder, weights file, or hub id owner/name; default: default")
+    if by_flag:
+        name = "name (tok models), folder, weights file, or hub id owner/name; default: default"
+        group.add_argument("--model", default="default", metavar="M", help=name)
     group.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     add_license(group)
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: auto")

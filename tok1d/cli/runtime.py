@@ -183,7 +183,7 @@ def load_model(args: argparse.Namespace) -> Tokenizer1D:
     found = hub.find(args.model, revision=args.revision, accept_license=args.accept_license, progress=not args.quiet)
     import torch
 
-    device = _device(args.device)
+    device = choose_device(args.device)
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
     model = hub.load_found(found, device=device, dtype=dtype)
     if device == "cpu" and args.device == "auto" and not args.quiet:
@@ -211,7 +211,7 @@ def for_rows(options: dict[str, Any], rows: int) -> dict[str, Any]:
     return {**options, "text": options["text"].expand(rows, -1, -1)} if "text" in options else options
 
 
-def _device(name: str) -> str:
+def choose_device(name: str) -> str:
     import torch
 
     have: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
