@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from tok1d.errors import TokError, UsageError
 from tok1d.eval.manifest import Manifest
-from tok1d.eval.measures import Measure
+from tok1d.eval.gallery import Gallery
+from tok1d.eval.measures import Features, Measure, Perceptuals, Pixels
 from tok1d.eval.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -88,19 +89,15 @@ def choose(names: Sequence[str] | None, manifest: Manifest, protocol: Protocol, 
     perceptual = [n for n in wanted if n in ("lpips_vgg", "lpips_alex", "dists")]
     if perceptual:
         try:
-            from tok1d.eval.measures import Perceptuals
-
             measures.append(Perceptuals(perceptual, nets.device))
         except TokError as error:
             if names is not None:
                 raise
             skipped["perceptual"] = str(error)
-    return measures, skipped
+    return [*measures, Gallery()], skipped
 
 
 def _build(name: str, protocol: Protocol, nets: Nets) -> Measure:
-    from tok1d.eval.measures import Features, Pixels
-
     if name == "pixels":
         return Pixels()
     if name == "codes":

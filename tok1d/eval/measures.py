@@ -8,7 +8,7 @@ Shapes: views and pictures are uint8 (B, 3, S, S).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,9 @@ class Measure:
     def pictures(self, batch: Batch, pictures: Pictures) -> dict[str, list[float | None]]:
         """Values by column, one an image."""
         return {}
+
+    def after(self, batch: Batch, pictures: Pictures, columns: Mapping[str, Sequence[float | None]]) -> None:
+        """See the values all measures gave to the pictures of a rate."""
 
     def missing(self, sample: Sample, rates: Sequence[str]) -> None:
         """An image that could not be read: its instances are rows, too."""

@@ -152,6 +152,8 @@ def _chunk(
             columns: dict[str, list[float | None]] = {}
             for measure in measures:
                 columns |= measure.pictures(batch, pictures)
+            for measure in measures:
+                measure.after(batch, pictures, columns)
             pixels = protocol.size**2
             for i, sample in enumerate(batch.samples):
                 row: Row = {"table": "images", "id": sample.id, "rate": pictures.rate.name, "status": pictures.status[i]}
