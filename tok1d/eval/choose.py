@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tok1d.errors import TokError, UsageError
-from tok1d.eval.manifest import Manifest
 from tok1d.eval.gallery import Gallery
+from tok1d.eval.manifest import Manifest
 from tok1d.eval.measures import Features, Measure, Perceptuals, Pixels
 from tok1d.eval.protocol import Protocol
 
