@@ -43,11 +43,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float (B, before, H, W) → float (B, after, H, W)."""
-        y = self.conv1(norm_silu(self.norm1, x))
-        y = self.conv2(norm_silu(self.norm2, y))
-        if self.nin_shortcut is None:
-            return y.add_(x) if not y.requires_grad else y + x
-        return y + self.nin_shortcut(x if self.shortcut == "input" else y)
+        y = norm_silu(self.norm2, self.conv1(norm_silu(self.norm1, x)))
+        if self.nin_shortcut is not None and self.shortcut == "output":  # y + N y of y = W … is one convolution, (1 + N) W
+            weight, project = self.conv2.weight, self.nin_shortcut.weight[:, :, 0, 0]
+            return F.conv2d(y, weight + torch.einsum("oc,cikl->oikl", project, weight), padding=1)
+        y = self.conv2(y)
+        if self.nin_shortcut is not None:
+            x = self.nin_shortcut(x)
+        return y + x if y.requires_grad else y.add_(x)
 
 
 class Upsample(nn.Conv2d):
