@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,9 +131,7 @@ class Tokenizer1D(nn.Module):
         """64-bit id of configuration and weights; .tok files carry it so that a foreign file is noticed."""
         if self._model_id is not None:
             return self._model_id
-        from safetensors.torch import save
-
-        model_id = _fingerprint(self.to_config(), save(_plain_state(self)))
+        model_id = _fingerprint(self.to_config(), _chunks(_plain_state(self)))
         if not self.training:
             self._model_id = model_id
         return model_id
@@ -504,7 +502,8 @@ class Tokenizer1D(nn.Module):
         except RuntimeError as error:
             raise ModelError(f"{folder}: the weights do not fit {CONFIG_NAME}: {error}") from error
         model.eval().requires_grad_(False)
-        model._model_id = _fingerprint(model.to_config(), blob)
+        start = 8 + int.from_bytes(blob[:8], "little")  # the header, with its free text, is left out
+        model._model_id = _fingerprint(model.to_config(), [memoryview(blob)[start:]])
         return model
 
 
@@ -531,10 +530,20 @@ def _plain_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str
     return state
 
 
-def _fingerprint(config: dict[str, Any], safetensors_blob: bytes) -> int:
-    """64 bits of SHA-256 over the architecture and the tensor bytes (the safetensors header, with its free text, left out)."""
-    size = int.from_bytes(safetensors_blob[:8], "little")
+def _chunks(state: dict[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of contiguous CPU tensors in the order in which a safetensors file has them, without a copy of them all."""
+    from safetensors.torch import save
+
+    like = save({key: torch.empty(1, dtype=value.dtype, device="cpu") for key, value in state.items()})
+    header = json.loads(like[8 : 8 + int.from_bytes(like[:8], "little")])
+    for key in sorted(state, key=lambda name: header[name]["data_offsets"][0]):
+        yield memoryview(state[key].reshape(-1).view(torch.uint8).numpy())
+
+
+def _fingerprint(config: dict[str, Any], chunks: Iterable[memoryview]) -> int:
+    """64 bits of SHA-256 over the architecture and the tensor bytes."""
     parts = {k: v for k, v in config.items() if k != "name"}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    digest.update(memoryview(safetensors_blob)[8 + size :])
+    for chunk in chunks:
+        digest.update(chunk)
     return int.from_bytes(digest.digest()[:8], "big") or 1
