@@ -56,7 +56,7 @@ def test_last_hidden_state_after_the_norm_at_all_places(clip):
     features = text_features(prompts, clip)
     assert features.shape == (2, 10, 16) and features.dtype == torch.float32
     tokenizer, encoder = clip_text._load(clip)
-    # the norm of the final layer norm's output, undone of its own scale and shift
+    # without its scale and shift, what a layer norm returns has mean 0 and variance 1
     norm = getattr(encoder, "text_model", encoder).final_layer_norm
     plain = (features - norm.bias) / norm.weight
     torch.testing.assert_close(plain.mean(-1), torch.zeros(2, 10), atol=1e-4, rtol=0)

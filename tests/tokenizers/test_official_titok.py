@@ -127,9 +127,12 @@ def test_recorded_text_guided():
     golden = read("tatitok_vq")
     tokenizer = load("tatitok_vq")
     codes = check_encoder(golden, tokenizer)
-    golden.check("pixels", tokenizer.decoder(codes, text=golden.inputs["text_guidance"]))
+    text = golden.inputs["text_guidance"]
+    golden.check("pixels", tokenizer.decode_latents(codes, text=text))
+    seq = tokenizer.encode(golden.inputs["images"])
+    torch.testing.assert_close(tokenizer.decode(seq, text=text), golden.outputs["pixels"].clamp(0, 1), atol=1e-4, rtol=1e-4)
     with pytest.raises(TokenError, match=r"needs the encoded text.*\(2, 77, 64\).*got none.*text_features"):
-        tokenizer.decoder(codes)
+        tokenizer.decode(seq)
 
 
 def test_recorded_one_d_piece():
