@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tok1d.errors import ModelError
 from tok1d.extras import require
 from tok1d.tokenizers.blocks import check_range
+from tok1d.tokenizers.convolutions import Upsample
 
 PUBLISHED_CHANNELS = (128, 256, 512, 512)
 
@@ -158,6 +159,8 @@ class LatentDecoder(_Float32):
                 block_out_channels=tuple(channels),
                 layers_per_block=layers,
             )
+            for block, width in zip(self.decoder.up_blocks[:-1], channels[:0:-1]):
+                block.upsamplers[0] = _Enlarge(width)
         self.freeze()
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -167,6 +170,17 @@ class LatentDecoder(_Float32):
             if not self.identity:
                 x = self.decoder(self.post_quant_conv(x))
             return (x + 1) / 2
+
+
+class _Enlarge(nn.Module):
+    """The doubling of a decoder level under diffusers' names, without its redundant products."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = Upsample(width)
+
+    def forward(self, x: Tensor, output_size: int | None = None) -> Tensor:
+        return self.conv(x)
 
 
 def vae_names(channels: Sequence[int], layers: int, half: str) -> list[str]:
