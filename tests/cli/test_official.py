@@ -13,6 +13,7 @@ from tests.published import CASES, publish, tree
 from tok1d import licences
 from tok1d.errors import ModelError, TokenError
 from tok1d.image_io import read, write
+from tok1d.licences import LicenceNotice
 from tok1d.presets import PRESETS
 
 TITOK = ("titok_vq", "titok_vae", "titok_legacy_vq", "titok_legacy_stage1", "one_d_piece", "tatitok_vq")
@@ -237,6 +238,38 @@ def test_exported_trees_are_those_the_published_code_reads(tok, case, tmp_path):
     skipped = {"clustering_vq"} if discrete else {"codebook_size", "use_l2_norm", "commitment_cost"}
     for key in (wanted.keys() | defaults) - skipped:
         assert found[key] == wanted.get(key, defaults.get(key)), key
+
+
+def test_instella_there_and_back(tok, tmp_path):
+    """No recorded case holds these weights: random ones in the published layout."""
+    from tok1d.tokenizers.official.instella import instella_config
+    from tok1d.tokenizers.tokenizer import Tokenizer1D
+
+    torch.manual_seed(0)
+    sizes = {"tokens": 4, "bits": 64, "dim": 64, "code_dim": 64, "encoder_width": 64, "decoder_width": 64}
+    model = Tokenizer1D.from_config(instella_config("tiny", **sizes, encoder_depth=3, decoder_depth=2, image_size=64))
+    model.eval().save_pretrained(tmp_path / "ours")
+    done = tok("export", tmp_path / "ours", tmp_path / "bae", "--layout", "instella")
+    assert done.code == 0 and [p.name for p in (tmp_path / "bae").iterdir()] == ["model.safetensors"], done.err
+    with pytest.warns(LicenceNotice, match="instella-bae"):
+        again = tok1d.load(tmp_path / "bae/model.safetensors")
+    assert again.name == "bae" and again.any_size
+    image = torch.rand(1, 3, 96, 64)
+    seq = again.encode(image)
+    assert torch.equal(seq.ids if seq.bits is None else seq.bits, model.encode(image).data) and seq.data.shape[1] == 4
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_the_card_of_converted_weights_keeps_their_licence(tok, tmp_path, monkeypatch):
+    from tok1d import hub
+
+    publish("titok_legacy_vq", tmp_path / "p")
+    preset = next(p for p in PRESETS if p.name == "titok-l-32")
+    monkeypatch.setattr(hub, "find", lambda source, **_: hub.Found(tmp_path / "p", source, False, preset))
+    assert tok("export", "titok-l-32", tmp_path / "ours").code == 0
+    card = (tmp_path / "ours/README.md").read_text()
+    assert card.startswith("# titok-l-32\n") and "## Origin" in card and preset.url in card
+    assert "licence of the weights: Apache-2.0. Paper: https://arxiv.org/abs/2406.07550" in card
 
 
 def test_names_of_sizes_are_the_published_ones():
