@@ -251,9 +251,9 @@ def test_instella_there_and_back(tok, tmp_path):
     model.eval().save_pretrained(tmp_path / "ours")
     done = tok("export", tmp_path / "ours", tmp_path / "bae", "--layout", "instella")
     assert done.code == 0 and [p.name for p in (tmp_path / "bae").iterdir()] == ["model.safetensors"], done.err
-    with pytest.warns(LicenceNotice, match="instella-bae"):
-        again = tok1d.load(tmp_path / "bae/model.safetensors")
-    assert again.name == "bae" and again.any_size
+    with pytest.warns(LicenceNotice, match="if these weights come from the published ones: instella-bae") as said:
+        again = tok1d.load(tmp_path / "bae/model.safetensors")  # files at hand: the notice only
+    assert [w.filename for w in said] == [__file__] and again.name == "bae" and again.any_size
     image = torch.rand(1, 3, 96, 64)
     seq = again.encode(image)
     assert torch.equal(seq.ids if seq.bits is None else seq.bits, model.encode(image).data) and seq.data.shape[1] == 4
