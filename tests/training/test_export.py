@@ -8,7 +8,8 @@ import torch
 import tok1d
 from tests.training import tiny
 from tok1d.errors import ModelError, UsageError
-from tok1d.tokenizers.tokenizer import WEIGHTS_NAME, Tokenizer1D
+from tok1d.tokenizers.folder import WEIGHTS_NAME
+from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.export import export, load_run
 from tok1d.training.tasks import ReconstructionTask
 

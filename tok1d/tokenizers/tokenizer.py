@@ -1,16 +1,11 @@
-"""Tokenizer1D: encoder × quantizer × decoder × length rule, and its folder on disk (config.json + safetensors).
-
-The folder has the layout of diffusers (``config.json`` with ``_class_name``, ``diffusion_pytorch_model.safetensors``)
-but neither diffusers nor pickle is involved; importing diffusers alone costs seconds.
+"""Tokenizer1D: encoder × quantizer × decoder × length rule; its folder on disk is :mod:`tok1d.tokenizers.folder`.
 
 Shapes: B images, N tokens, n ≤ N kept tokens, D latent width.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +15,13 @@ from torch import Tensor, nn
 
 from tok1d.errors import ImageError, ModelError, TokenError
 from tok1d.tokenizers.fitting import check_parts
+from tok1d.tokenizers.folder import CONFIG_NAME, chunks_of, fingerprint, plain_state, read_folder, write_folder
 from tok1d.tokenizers.lengths import FixedLength, LengthRule
-from tok1d.tokenizers.part import Decoder, Encoder, Part, Quantizer, QuantizerOutput, build_part, token_mask
+from tok1d.tokenizers.part import Decoder, Encoder, Quantizer, QuantizerOutput, build_part, token_mask
 from tok1d.tokens import TokenSequence
 
 if TYPE_CHECKING:
     from tok1d.tokenizers.budget import Budget
-
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-CONFIG_NAME = "config.json"
 
 
 @dataclass
@@ -131,7 +124,7 @@ class Tokenizer1D(nn.Module):
         """64-bit id of configuration and weights; .tok files carry it so that a foreign file is noticed."""
         if self._model_id is not None:
             return self._model_id
-        model_id = _fingerprint(self.to_config(), _chunks(_plain_state(self)))
+        model_id = fingerprint(self.to_config(), chunks_of(plain_state(self)))
         if not self.training:
             self._model_id = model_id
         return model_id
@@ -468,16 +461,7 @@ class Tokenizer1D(nn.Module):
             folder: made if missing.
             dtype: cast floating-point weights (``torch.float16`` halves the file); they load back as float32.
         """
-        from safetensors.torch import save
-
-        from tok1d.tokfile import atomic_write
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        blob = save(_plain_state(self, dtype), metadata={"format": "pt"})
-        text = json.dumps(self.to_config(), indent=2) + "\n"
-        atomic_write(folder / WEIGHTS_NAME, blob)
-        atomic_write(folder / CONFIG_NAME, text.encode())
+        write_folder(folder, self.to_config(), plain_state(self, dtype))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer1D:
@@ -486,24 +470,14 @@ class Tokenizer1D(nn.Module):
         Raises:
             ModelError: files missing or damaged, or weights that do not fit the configuration.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / CONFIG_NAME).read_text())
-            blob = (folder / WEIGHTS_NAME).read_bytes()
-            state = load(blob)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-            raise ModelError(f"{folder}: cannot be loaded ({error}). A model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}") from error
+        config, state, weights = read_folder(folder)
         model = cls.from_config(config)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise ModelError(f"{folder}: the weights do not fit {CONFIG_NAME}: {error}") from error
         model.eval().requires_grad_(False)
-        start = 8 + int.from_bytes(blob[:8], "little")  # the header, with its free text, is left out
-        model._model_id = _fingerprint(model.to_config(), [memoryview(blob)[start:]])
+        model._model_id = fingerprint(model.to_config(), [weights])
         return model
 
 
@@ -515,35 +489,3 @@ def _per_row(seeds: int | Sequence[int] | Tensor | None, rows: int) -> Tensor | 
     if len(values) != rows or not all(0 <= s < 2**63 for s in values):
         raise TokenError(f"seeds must be one integer in [0, 2^63), or one for each of the {rows} images (tiles count), got {seeds!r:.100}")
     return torch.tensor(values, dtype=torch.int64)
-
-
-def _plain_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that inference needs, by state dict key, floats cast to ``dtype`` if given."""
-    parts = ((path, part) for path, part in model.named_modules() if isinstance(part, Part))
-    skipped = {f"{path}.{name}" for path, part in parts for name in part.training_only}
-    state = {}
-    for key, value in model.state_dict().items():
-        if key in skipped:
-            continue
-        value = value.detach().cpu()
-        state[key] = (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous()
-    return state
-
-
-def _chunks(state: dict[str, Tensor]) -> Iterator[memoryview]:
-    """The bytes of contiguous CPU tensors in the order in which a safetensors file has them, without a copy of them all."""
-    from safetensors.torch import save
-
-    like = save({key: torch.empty(1, dtype=value.dtype, device="cpu") for key, value in state.items()})
-    header = json.loads(like[8 : 8 + int.from_bytes(like[:8], "little")])
-    for key in sorted(state, key=lambda name: header[name]["data_offsets"][0]):
-        yield memoryview(state[key].reshape(-1).view(torch.uint8).numpy())
-
-
-def _fingerprint(config: dict[str, Any], chunks: Iterable[memoryview]) -> int:
-    """64 bits of SHA-256 over the architecture and the tensor bytes."""
-    parts = {k: v for k, v in config.items() if k != "name"}
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for chunk in chunks:
-        digest.update(chunk)
-    return int.from_bytes(digest.digest()[:8], "big") or 1

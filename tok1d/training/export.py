@@ -18,8 +18,9 @@ from tok1d.disk import atomic_write
 from tok1d.errors import ModelError, UsageError
 from tok1d.presets import Preset
 from tok1d.sources import INDEX, SUFFIXES, is_ours
+from tok1d.tokenizers.folder import CONFIG_NAME, WEIGHTS_NAME
 from tok1d.tokenizers.official.write import write_published
-from tok1d.tokenizers.tokenizer import CONFIG_NAME, WEIGHTS_NAME, Tokenizer1D
+from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.card import Run, model_card, read_scores
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tok1d.errors import ModelError, UsageError
 from tok1d.extras import require
-from tok1d.tokenizers.tokenizer import WEIGHTS_NAME, Tokenizer1D
+from tok1d.tokenizers.folder import WEIGHTS_NAME
+from tok1d.tokenizers.tokenizer import Tokenizer1D
 
 lightning = require("lightning", "train")
 log = logging.getLogger(__name__)
