@@ -114,6 +114,7 @@ class Encoder(Part):
         prefix: whether ``forward`` takes ``tokens=n`` and computes the first n latents alone, exactly and for less work.
         size_step: 0 if it works at one image size; else it takes every (height, width) of multiples of ``size_step``
             up to ``size_limit`` pixels a side.
+        float32_input: whether images come in float32 whatever the dtype of its weights (a VAE inside stays float32).
     """
 
     tokens: int
@@ -121,6 +122,7 @@ class Encoder(Part):
     prefix: bool = False
     size_step: int = 0
     size_limit: int = 0
+    float32_input: bool = False
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

@@ -251,7 +251,8 @@ class Tokenizer1D(nn.Module):
             tokens: how many will be kept: encoders that can then compute no more than those.
         """
         only = {"tokens": tokens} if self.encoder.prefix and tokens is not None and not self.quantizer.whole else {}
-        return self.encoder(images.to(self.device, self.dtype), **only).float()
+        dtype = torch.float32 if self.encoder.float32_input else self.dtype
+        return self.encoder(images.to(self.device, dtype), **only).float()
 
     def codes_of(self, data: Tensor, lengths: Tensor) -> Tensor:
         """Codes for the decoder.

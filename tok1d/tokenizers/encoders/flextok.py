@@ -65,6 +65,7 @@ class FlexTokEncoder(Encoder):
     """
 
     prefix = True
+    float32_input = True
 
     def __init__(
         self,
