@@ -272,18 +272,6 @@ def test_the_card_of_converted_weights_keeps_their_licence(tok, tmp_path, monkey
     assert "licence of the weights: Apache-2.0. Paper: https://arxiv.org/abs/2406.07550" in card
 
 
-def test_names_of_sizes_are_the_published_ones():
-    from tok1d.tokenizers.official import config_of
-    from tok1d.tokenizers.official.write import published_config
-    from tok1d.tokenizers.tokenizer import Tokenizer1D
-
-    for name, sides in (("titok-l-32", "large large"), ("titok-s-128", "small small"), ("titok-bl-64-vae", "base large")):
-        with torch.device("meta"):
-            model = Tokenizer1D.from_config(config_of(next(p for p in PRESETS if p.name == name)))
-        vq_model = published_config(model, next(p.layout for p in PRESETS if p.name == name))["model"]["vq_model"]
-        assert f"{vq_model['vit_enc_model_size']} {vq_model['vit_dec_model_size']}" == sides
-
-
 def test_export_refuses(tok, tmp_path, model):
     done = tok("export", model, tmp_path / "x", "--layout", "titok")
     assert done.code == 1 and "layout" in done.err and "DctEncoder" in done.err and not (tmp_path / "x").exists()

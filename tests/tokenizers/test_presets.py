@@ -8,6 +8,7 @@ import torch
 from tok1d.errors import ModelError
 from tok1d.presets import PRESETS, Preset
 from tok1d.tokenizers.official import NAMES, config_of, layout_named, recognise
+from tok1d.tokenizers.official.write import published_config
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.tokens import bits_for_vocab
 
@@ -121,3 +122,11 @@ def test_the_table_is_consistent():
     with pytest.raises(ModelError, match="default is a model of tok1d"):
         config_of(PRESETS[0])
     assert bits_for_vocab(64_000) == 16 and next(p for p in PRESETS if p.name == "flextok-d18-d28").bits_per_image == 4096
+
+
+def test_names_of_sizes_are_the_published_ones():
+    for name, sides in (("titok-l-32", "large large"), ("titok-s-128", "small small"), ("titok-bl-64-vae", "base large")):
+        with torch.device("meta"):
+            model = Tokenizer1D.from_config(config_of(next(p for p in PRESETS if p.name == name)))
+        vq_model = published_config(model, next(p.layout for p in PRESETS if p.name == name))["model"]["vq_model"]
+        assert f"{vq_model['vit_enc_model_size']} {vq_model['vit_dec_model_size']}" == sides
