@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tok1d.tokenizers.blocks import check_range, init_weights, learned, patchify
+from tok1d.tokenizers.blocks import check_range, init_weights, patchify
 from tok1d.tokenizers.part import Encoder
 from tok1d.tokenizers.rotary import (
     Merge,
@@ -76,7 +76,8 @@ class BinaryEncoder(Encoder):
         self.norm_out = self.norm(width)
         self.proj = nn.Linear(width, dim)
         self.apply(init_weights)
-        self.latents = learned(tokens, width)
+        # As loud as what attention adds: quieter ones are drowned by it, and the tokens of an image come out alike.
+        self.latents = nn.Parameter(torch.randn(tokens, width))
 
     def table(self, grid: tuple[int, int], merges: int) -> Tensor:
         """Rotary table of the latents and a grid that was merged so many times."""
