@@ -11,6 +11,9 @@ and pictures.
 """
 
 import argparse
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.record import RESULTS, save
-from benchmarks.titok_speed import take_turns
 from tok1d.tokenizers.official.instella import INSTELLA, instella_config
 from tok1d.tokenizers.official.layout import export_state
 from tok1d.tokenizers.tokenizer import Tokenizer1D
@@ -97,6 +99,19 @@ class Reference:
         x = self.linear(self.norm(x, "decoder.norm_out.weight")[:, n:], "to_pixel")
         x = x.view(batch, rows, cols, 16, 16, 3).permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, rows * 16, cols * 16)
         return (x / 2 + 0.5).clamp(0, 1)
+
+
+def take_turns(one: Callable[[], Tensor], other: Callable[[], Tensor], seconds: float, least: int) -> tuple[float, float, float]:
+    """Median seconds of each function, called alternately, and the median of the ratios of neighbours."""
+    times: list[list[float]] = [[], []]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < least:
+        for i in (0, 1) if len(times[0]) % 2 else (1, 0):
+            start = time.perf_counter()
+            (one, other)[i]()
+            times[i].append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    return statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios)
 
 
 @torch.inference_mode()
