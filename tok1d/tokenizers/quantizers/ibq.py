@@ -3,14 +3,15 @@
 Paper: https://arxiv.org/abs/2412.02692. With p = softmax(<z, e_k>) and one-hot(argmax p) = o, the code is
 q = (o + p - sg[p])ᵀ E: the value of one code, the gradient of all. Written out that is a table of M × K per image, and
 the entropy term needs more of them. Here both are functions with a gradient of their own that make the table a few rows
-at a time, once forward and once backward: besides inputs, codes and their gradients, memory is that of one piece
-(`PIECE_CPU` or `PIECE_GPU` scores, a handful of such tensors alive), however many tokens there are.
+at a time, once forward and once backward: besides inputs, codes and their gradients, memory is that of two pieces
+(`PIECE_CPU` or `PIECE_GPU` scores each), however many tokens there are.
 
 Shapes: B images, N tokens, D width, K codes, M = B · N rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from tok1d.tokenizers.quantizers.common import (
 )
 from tok1d.tokenizers.quantizers.vq_search import nearest
 
-PIECE_CPU, PIECE_GPU = 2**21, 2**23  # scores alive in one of the tensors of a piece
+PIECE_CPU, PIECE_GPU = 2**21, 2**23  # scores held at a time
 
 
 class IBQ(Quantizer):
@@ -118,16 +119,28 @@ class IBQ(Quantizer):
         return nearest(codes.flatten(0, -2), self.codebook, self.l2).view(codes.shape[:-1])
 
 
-def _pieces(rows: Tensor, codes: int) -> list[slice]:
-    """Slices of rows whose scores against all codes are one piece."""
-    step = max(1, (PIECE_CPU if rows.device.type == "cpu" else PIECE_GPU) // codes)
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
+def _pieces(rows: Tensor, book: Tensor, temperature: float, rooms: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Rows a few at a time: which, and tensors (m, K), the first holding the scores of all codes, the others to be filled.
+
+    The tensors are the same memory for every piece. Made anew each time, the gaps they leave are too small for the next
+    aligned one, and the process grows to the size of the whole table.
+    """
+    step = max(1, (PIECE_CPU if rows.device.type == "cpu" else PIECE_GPU) // len(book))
+    room = [rows.new_empty(min(step, len(rows)), len(book)) for _ in range(rooms)]
+    for start in range(0, len(rows), step):
+        s = slice(start, min(start + step, len(rows)))
+        here = [r[: s.stop - start] for r in room]
+        torch.mm(rows[s], book.T, out=here[0]).div_(temperature)
+        yield s, here
 
 
 @torch.no_grad()
 def _largest(rows: Tensor, book: Tensor) -> Tensor:
     """Float (M, D), (K, D) → int64 (M,), the code of largest product with each row."""
-    return torch.cat([(rows[s] @ book.T).argmax(-1) for s in _pieces(rows, len(book))])
+    ids = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    for s, (scores,) in _pieces(rows, book, 1.0, 1):
+        ids[s] = scores.argmax(-1)
+    return ids
 
 
 class _IndexGradient(torch.autograd.Function):
@@ -146,10 +159,10 @@ class _IndexGradient(torch.autograd.Function):
         to_rows, to_book = torch.zeros_like(rows), torch.zeros_like(book)
         to_book.index_add_(0, ids, grad)  # the factor E: o + p - sg[p] is o
         with torch.autocast(rows.device.type, enabled=False):  # whoever calls backward() within autocast
-            for s in _pieces(rows, len(book)):
-                p = (rows[s] @ book.T).div_(ctx.temperature).softmax(-1)
-                scores = _through_softmax(p, grad[s] @ book.T).div_(ctx.temperature)
-                to_rows[s] = scores @ book
+            for s, (scores, p) in _pieces(rows, book, ctx.temperature, 2):
+                _softmax(scores, p)
+                _through_softmax(p, torch.mm(grad[s], book.T, out=scores)).div_(ctx.temperature)
+                torch.mm(scores, book, out=to_rows[s])
                 to_book.addmm_(scores.T, rows[s])
         return to_rows, to_book, None, None
 
@@ -164,10 +177,9 @@ class _Entropy(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, book: Tensor, keep: Tensor, temperature: float, step: bool) -> Tensor:
         count, mean = keep.sum(), rows.new_zeros(len(book))
         entropy = rows.new_zeros(())
-        for s in _pieces(rows, len(book)):
-            log_p = (rows[s] @ book.T).div_(temperature).log_softmax(-1)
-            p = log_p.exp()
-            mean += keep[s] @ p
+        for s, (log_p, p) in _pieces(rows, book, temperature, 2):
+            _softmax(log_p, p)
+            mean.addmv_(p.T, keep[s])
             entropy -= (log_p.mul_(p).sum(-1) * keep[s]).sum()
         if step:
             sum_over_ranks(mean), sum_over_ranks(count)
@@ -186,14 +198,22 @@ class _Entropy(torch.autograd.Function):
         to_rows, to_book = torch.zeros_like(rows), torch.zeros_like(book)
         log_mean = mean.clamp(min=torch.finfo(torch.float32).tiny).log()
         with torch.autocast(rows.device.type, enabled=False):
-            for s in _pieces(rows, len(book)):
-                log_p = (rows[s] @ book.T).div_(ctx.temperature).log_softmax(-1)
+            for s, (scores, p) in _pieces(rows, book, ctx.temperature, 2):
+                log_p = _softmax(scores, p)
                 # d/dp of -p log p is -log p - 1 and of m log m it is log m + 1; the ones vanish in the softmax
-                scores = _through_softmax(log_p.exp(), log_mean - log_p)
+                _through_softmax(p, torch.sub(log_mean, log_p, out=scores))
                 scores.mul_((weight[s] * grad / ctx.temperature)[:, None])
-                to_rows[s] = scores @ book
+                torch.mm(scores, book, out=to_rows[s])
                 to_book.addmm_(scores.T, rows[s])
         return to_rows, to_book, None, None, None
+
+
+def _softmax(scores: Tensor, p: Tensor) -> Tensor:
+    """Fill ``p`` (m, K) with the softmax of ``scores``, and those with its logarithm."""
+    scores.sub_(scores.amax(-1, keepdim=True))
+    total = torch.exp(scores, out=p).sum(-1, keepdim=True)
+    p.div_(total)
+    return scores.sub_(total.log_())
 
 
 def _through_softmax(p: Tensor, grad: Tensor) -> Tensor:
