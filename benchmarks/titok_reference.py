@@ -2,8 +2,9 @@
 
 Convolutions for patches and 1×1 projections, sequence-first nn.MultiheadAttention between permutes, the mask sequence made
 for every image in every call, all outputs computed and most thrown away, the full token × code distance matrix, and a
-MaskGIT-VQGAN decoder in contiguous NCHW with one operation after the other. Kinder in one place: convolutions pad inside.
-Written for this benchmark; parameter names are those of the published state dicts.
+MaskGIT-VQGAN decoder in contiguous NCHW, one operation after the other, its convolutions padding their input in a step of
+their own (the published layers compute TensorFlow's "same" padding). ``PAD_INSIDE`` leaves that to the convolution, which
+is kinder than the published code. Written for this benchmark; parameter names are those of the published state dicts.
 """
 
 import torch
@@ -86,12 +87,27 @@ class Decoder(nn.Module):
         return self.conv_out(x.reshape(batch, 3, grid * patch, grid * patch))
 
 
+PAD_INSIDE = False
+
+
+class SameConv(nn.Conv2d):
+    """3×3 convolution that keeps the size."""
+
+    def __init__(self, before: int, after: int, bias: bool = True) -> None:
+        super().__init__(before, after, 3, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if PAD_INSIDE:
+            return F.conv2d(x, self.weight, self.bias, padding=1)
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
 class ConvBlock(nn.Module):
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(32, before, eps=1e-6), nn.GroupNorm(32, after, eps=1e-6)
-        self.conv1 = nn.Conv2d(before, after, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.conv1 = SameConv(before, after, bias=False)
+        self.conv2 = SameConv(after, after, bias=False)
         if before != after:
             self.nin_shortcut = nn.Conv2d(after, after, 1, bias=False)
 
@@ -105,7 +121,7 @@ class PixelDecoder(nn.Module):
     def __init__(self, dim: int, width: int, multipliers: tuple[int, ...], depth: int = 2) -> None:
         super().__init__()
         widths = [width * m for m in multipliers]
-        self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
+        self.conv_in = SameConv(dim, widths[-1])
         self.mid = nn.ModuleList(ConvBlock(widths[-1], widths[-1]) for _ in range(depth))
         self.up = nn.ModuleList()
         for level, after in enumerate(widths):
@@ -113,9 +129,9 @@ class PixelDecoder(nn.Module):
             self.up.append(nn.Module())
             self.up[level].block = nn.ModuleList(ConvBlock(after if b else before, after) for b in range(depth))
             if level:
-                self.up[level].upsample_conv = nn.Conv2d(after, after, 3, padding=1)
+                self.up[level].upsample_conv = SameConv(after, after)
         self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = SameConv(widths[0], 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)

@@ -36,6 +36,13 @@ def test_it_writes_ratios(benchmark, tmp_path, capsys):
     assert capsys.readouterr().out.count("img/s") == 24
 
 
+def test_kinder_reference_gives_the_same_pictures(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark.titok_reference, "PAD_INSIDE", False)  # and put back afterwards
+    out = tmp_path / "speed.json"
+    benchmark.main(["--quick", "--models", "tiny2", "--batches", "1", "--pad-inside", "--out", str(out)])
+    assert json.loads(out.read_text())["reference_pads_inside"] and benchmark.titok_reference.PAD_INSIDE
+
+
 def test_other_ids_are_noticed(benchmark, monkeypatch, tmp_path):
     encode = benchmark.Reference.encode
     monkeypatch.setattr(benchmark.Reference, "encode", lambda model, images: (encode(model, images) + 1) % 64)

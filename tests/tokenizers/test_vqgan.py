@@ -108,6 +108,18 @@ def test_upsampling_without_gradient_is_upsampling_with_it(size):
         torch.testing.assert_close(upsample(x[:1]), plain[:1])
 
 
+def test_large_batches_go_image_by_image(monkeypatch):
+    torch.manual_seed(0)
+    decoder, q = VQGANDecoder(**TINY).eval(), torch.randn(3, 6, 5)
+    batches = []
+    decoder.conv_out.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    with torch.no_grad():
+        whole = decoder(q)
+        monkeypatch.setattr("tok1d.tokenizers.decoders.vqgan.LARGE", 3 * 16 * 4 * 6)  # what enters the last level
+        torch.testing.assert_close(decoder(q), whole, atol=1e-5, rtol=1e-4)
+    assert decoder(q).requires_grad and batches == [3, 1, 1, 1, 3]
+
+
 def test_inside_it_is_channels_last_and_outside_as_usual():
     seen = []
     encoder, decoder = VQGANEncoder(**TINY), VQGANDecoder(**TINY)

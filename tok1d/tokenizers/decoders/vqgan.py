@@ -19,6 +19,10 @@ from tok1d.tokenizers.blocks import check_range, init_weights, patch_grid
 from tok1d.tokenizers.convolutions import EPS, Level, level_widths, norm_silu
 from tok1d.tokenizers.part import Decoder
 
+# Numbers in a map from which a CPU takes image after image: the C library does not reuse pieces of memory beyond 32 MB,
+# and filling in fresh ones costs more than the norms that write them. It also keeps the peak at that of one image.
+LARGE = 2**23
+
 
 class VQGANDecoder(Decoder):
     """A raster of codes to pixels.
@@ -70,6 +74,12 @@ class VQGANDecoder(Decoder):
         x = self.conv_in(q.view(batch, *self.grid, self.dim).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
         for block in self.mid:
             x = block(x)
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(norm_silu(self.norm_out, x)).contiguous()
+        return self._rise(x, len(self.up) - 1).contiguous()
+
+    def _rise(self, x: Tensor, level: int) -> Tensor:
+        """The map that enters ``up[level]`` → pictures."""
+        if level < 0:
+            return self.conv_out(norm_silu(self.norm_out, x))
+        if len(x) > 1 and x.numel() >= LARGE and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return torch.cat([self._rise(image, level) for image in x.split(1)])
+        return self._rise(self.up[level](x), level - 1)
