@@ -326,6 +326,8 @@ def _show(bar: Progress) -> Any:
 
 
 def _said(args: Namespace, manifest: Manifest) -> None:
+    for note in () if args.quiet else manifest.notes:
+        say(note)
     words, faces = (sum(len(getattr(s, kind)) for s in manifest.samples) for kind in ("words", "faces"))
     if not args.quiet:
         print(f"{args.output}: {count(len(manifest), 'image')}, {count(words, 'word')}, {count(faces, 'face')}, hash {manifest.hash}")

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tok1d.errors import ImageError, TokError
-from tok1d.extras import require
+from tok1d.errors import ImageError, TokError, UsageError
 
 VERSION = 1
 Point = tuple[float, float]
@@ -97,6 +96,7 @@ class Manifest:
         name, version, licence: of the data.
         base: folder that paths are relative to.
         samples: in the order of their ids.
+        notes: what was left out when it was made, and why.
     """
 
     name: str
@@ -104,11 +104,12 @@ class Manifest:
     samples: tuple[Sample, ...]
     version: str = "1"
     licence: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [s.id for s in self.samples]
         if len(set(ids)) < len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
+            twice = Counter(ids).most_common(1)[0][0]
             raise TokError(f"manifest {self.name}: the id {twice!r} appears twice; ids must be unique")
         object.__setattr__(self, "samples", tuple(sorted(self.samples, key=lambda s: s.id)))
 
@@ -117,13 +118,15 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """16 hex digits over everything that is scored, independent of where the files lie."""
+        """16 hex digits over everything that is scored, independent of where the files lie, alone or in a tar."""
+        from tok1d.eval.manifest_rows import to_row
+
         digest = hashlib.sha256()
         for sample in self.samples:
-            row = _row(sample)
-            for field in ("path", "offset", "tags", "split"):
+            row = to_row(sample)
+            for field in ("path", "offset", "size", "group", "split", "tags"):
                 row.pop(field, None)
-            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+            digest.update(json.dumps(row, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     def choose(self, count: int | None) -> Manifest:
@@ -132,14 +135,12 @@ class Manifest:
             return self
         return replace(self, samples=tuple(self.samples[i * len(self) // count] for i in range(count)))
 
-    def read(self, sample: Sample) -> Tensor:
-        """The image, uint8 (3, H, W).
+    def encoded(self, sample: Sample) -> bytes:
+        """The file of the image, out of its tar if it lies in one.
 
         Raises:
-            ImageError: missing, damaged, or another size or hash than the manifest says.
+            ImageError: missing, or another hash than the manifest says.
         """
-        from tok1d.image_io import read_uint8
-
         path = self.base / sample.path
         try:
             with open(path, "rb") as file:
@@ -149,37 +150,50 @@ class Manifest:
             raise ImageError(f"{path}: {error.strerror or error}") from error
         if sample.sha256 and hashlib.sha256(data).hexdigest() != sample.sha256:
             raise ImageError(f"{path}: {sample.id} is another file than the manifest names (SHA-256 differs)")
+        return data
+
+    def read(self, sample: Sample) -> Tensor:
+        """The image, uint8 (3, H, W).
+
+        Raises:
+            ImageError: missing, damaged, or another size or hash than the manifest says.
+        """
+        from tok1d.image_io import read_uint8
+
+        data = self.encoded(sample)
         try:
             image = read_uint8(data, frame=0)[0]
         except ImageError as error:
             raise ImageError(f"{sample.id}: {error}") from error
         height, width = image.shape[-2:]
         if sample.width and (width, height) != (sample.width, sample.height):
+            swapped = ": its width and height are swapped" if (height, width) == (sample.width, sample.height) else ""
             raise ImageError(
-                f"{sample.id} is {width}×{height} pixels after orientation, the manifest says {sample.width}×{sample.height} (width×height)"
+                f"{sample.id} is {width}×{height} pixels after orientation, the manifest says {sample.width}×{sample.height} (width×height){swapped}"
             )
         return image.contiguous()
 
     # disk --------------------------------------------------------------------------------------------------------
 
     def write(self, path: Path) -> None:
-        """Write ``.jsonl`` or ``.parquet``, atomically; paths become relative to it."""
-        from tok1d.disk import atomic_write
+        """Write ``.jsonl`` or ``.parquet``, atomically; paths become relative to it.
 
+        Raises:
+            UsageError: another suffix.
+            TokError: it cannot be written.
+        """
+        from tok1d.disk import atomic_write
+        from tok1d.eval.manifest_rows import line, parquet_bytes, to_row
+
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise UsageError(f"{path}: a manifest is written as .jsonl or .parquet")
         here = path.parent.resolve()
-        moved = [replace(s, path=_relative(self.base / s.path, here)) for s in self.samples]
-        head = {"manifest": VERSION, "name": self.name, "version": self.version, "licence": self.licence}
-        rows = [_row(s) for s in moved]
+        rows = [to_row(replace(s, path=_relative(self.base / s.path, here))) for s in self.samples]
+        head = {"manifest": VERSION, "name": self.name, "version": self.version, "licence": self.licence, "notes": list(self.notes)}
         if path.suffix == ".parquet":
-            pa, parquet = require("pyarrow", "eval"), require("pyarrow.parquet", "eval")
-            columns = {"id": [r["id"] for r in rows], "row": [json.dumps(r, ensure_ascii=False) for r in rows]}
-            table = pa.table(columns).replace_schema_metadata({"tok1d": json.dumps(head)})
-            sink = pa.BufferOutputStream()
-            parquet.write_table(table, sink)
-            atomic_write(path, sink.getvalue().to_pybytes())
+            atomic_write(path, parquet_bytes(head, rows))
         else:
-            lines = [json.dumps(r, ensure_ascii=False) for r in (head, *rows)]
-            atomic_write(path, ("\n".join(lines) + "\n").encode())
+            atomic_write(path, "".join(line(r) + "\n" for r in (head, *rows)).encode())
 
     @staticmethod
     def load(path: Path) -> Manifest:
@@ -188,22 +202,26 @@ class Manifest:
         Raises:
             TokError: missing, damaged, or a row that lacks what it needs (the line is named).
         """
-        if path.suffix == ".parquet":
-            head, rows = _parquet(path)
-        elif path.suffix == ".jsonl":
-            head, rows = _jsonl(path)
-        else:
+        from tok1d.eval.manifest_rows import read_jsonl, read_parquet, to_sample
+
+        if path.suffix not in (".jsonl", ".parquet"):
             return of_images([path], path.name)
-        if head.get("manifest") != VERSION:
-            raise TokError(f"{path}: not a manifest of version {VERSION} (first line: {str(head)[:80]})")
-        samples = []
-        for number, row in rows:
+        head, rows = (read_parquet if path.suffix == ".parquet" else read_jsonl)(path)
+        if not isinstance(head, dict) or head.get("manifest") != VERSION:
+            raise TokError(f'{path}: not a manifest of version {VERSION}; its header should be {{"manifest": {VERSION}, "name": …}}, got {str(head)[:80]}')
+        samples, lines = [], {}
+        for at, row in rows:
+            where = f"{path}: {'line' if path.suffix == '.jsonl' else 'row'} {at}"
             try:
-                samples.append(_sample(row))
-            except (TypeError, ValueError, KeyError) as error:
-                raise TokError(f"{path}: row {number} is not a sample: {error}") from error
-        base = path.parent
-        return Manifest(str(head.get("name", path.stem)), base, tuple(samples), str(head.get("version", "1")), str(head.get("licence", "")))
+                sample = to_sample(row)
+            except ValueError as error:
+                raise TokError(f"{where} is not a sample: {error}") from error
+            if sample.id in lines:
+                raise TokError(f"{where}: the id {sample.id!r} appears in {lines[sample.id]} already; ids must be unique")
+            lines[sample.id] = at
+            samples.append(sample)
+        name, version, licence = (str(head.get(k, default)) for k, default in (("name", path.stem), ("version", "1"), ("licence", "")))
+        return Manifest(name, path.parent, tuple(samples), version, licence, tuple(map(str, head.get("notes") or ())))
 
 
 def of_images(paths: Sequence[Path], name: str) -> Manifest:
@@ -214,8 +232,11 @@ def of_images(paths: Sequence[Path], name: str) -> Manifest:
     for key, file, offset, size in index_images(paths):
         stem = key if key not in seen else f"{Path(file).name}/{key}"
         seen.add(stem)
-        alone = not file.endswith(".tar")
-        samples.append(Sample(stem, str(Path(file).resolve()), offset=0 if alone else offset, size=0 if alone else size, group=Path(file).stem))
+        path, alone = str(Path(file).resolve()), not file.endswith(".tar")
+        if alone:
+            samples.append(Sample(stem, path, group=Path(key).parent.as_posix().removeprefix(".")))
+        else:
+            samples.append(Sample(stem, path, offset=offset, size=size, group=Path(file).stem))
     return Manifest(name, Path("/"), tuple(samples))
 
 
@@ -232,76 +253,5 @@ def landmarks(faces: Sequence[Face]) -> Tensor:
     return torch.tensor([f.kps for f in faces], dtype=torch.float32).reshape(-1, 5, 2)
 
 
-def _row(sample: Sample) -> dict[str, Any]:
-    """Plain data without empty fields."""
-    row = {k: v for k, v in asdict(sample).items() if v not in (0, "", (), None)}
-    for field in ("words", "faces"):
-        if field in row:
-            row[field] = [{k: v for k, v in item.items() if v not in ((), None)} for item in row[field]]
-    return row
-
-
-def _sample(row: dict[str, Any]) -> Sample:
-    known = Sample.__dataclass_fields__
-    unknown = set(row) - set(known)
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}; there are {', '.join(known)}")
-    width, height = int(row.get("width", 0)), int(row.get("height", 0))
-    words = []
-    for item in row.get("words", ()):
-        if "scale" not in item and not width:
-            raise ValueError("a word without scale needs the width and height of the image")
-        made = word(item["box"], str(item["value"]), width, height, item.get("poly"))
-        scale = float(item.get("scale", made.scale))
-        if not (math.isfinite(scale) and all(map(math.isfinite, made.box))):
-            raise ValueError(f"the word {made.value!r} has a box or scale that is not finite")
-        words.append(replace(made, scale=scale, tags=tuple(item.get("tags", ()))))
-    faces = []
-    for item in row.get("faces", ()):
-        kps = tuple((float(x), float(y)) for x, y in item["kps"])
-        if len(kps) != 5:
-            raise ValueError(f"a face needs 5 landmarks, got {len(kps)}")
-        box = None if item.get("box") is None else tuple(map(float, item["box"]))
-        if "scale" not in item and (box is None or not width):
-            raise ValueError("a face without scale needs a box and the width and height of the image")
-        scale = float(item["scale"]) if "scale" in item else max(box[2] - box[0], box[3] - box[1]) / max(width, height)  # type: ignore[index]
-        faces.append(Face(kps, scale, box, item.get("person")))  # type: ignore[arg-type]
-    plain = {k: v for k, v in row.items() if k not in ("words", "faces", "tags", "width", "height")}
-    return Sample(**plain, width=width, height=height, words=tuple(words), faces=tuple(faces), tags=tuple(row.get("tags", ())))
-
-
-def _jsonl(path: Path) -> tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokError(f"{path}: cannot be read ({error})") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TokError(f"{path}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise TokError(f"{path}: line {number} is not a JSON object")
-        rows.append((number, row))
-    if not rows:
-        raise TokError(f"{path}: an empty manifest")
-    return rows[0][1], rows[1:]
-
-
-def _parquet(path: Path) -> tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]:
-    parquet = require("pyarrow.parquet", "eval")
-    try:
-        table = parquet.read_table(path)
-        head = json.loads((table.schema.metadata or {})[b"tok1d"])
-        return head, [(i, json.loads(r)) for i, r in enumerate(table.column("row").to_pylist(), 1)]
-    except (OSError, KeyError, ValueError) as error:  # pyarrow's own errors are ValueErrors and OSErrors
-        raise TokError(f"{path}: not a manifest in Parquet ({error})") from error
-
-
 def _relative(path: Path, here: Path) -> str:
-    import os
-
     return os.path.relpath(path.resolve(), here)

@@ -22,9 +22,12 @@ class Protocol:
         fit: ``crop`` (shorter edge to ``size``, centre crop) or ``pad`` (longer edge to ``size``, centred on black).
         resample: ``bicubic`` (antialiased, on 8 bits) or ``lanczos`` (Pillow).
         space: text and faces are cut from the view (``model``), or from the picture brought back to the original size
-            (``original``).
+            (``original``; needs ``pad``).
         text_bins, face_bins: names of the size bins (:data:`tok1d.eval.binned.BINS`).
         note: what it is for.
+
+    Raises:
+        UsageError: a field that is none of these.
     """
 
     id: str
@@ -35,6 +38,15 @@ class Protocol:
     text_bins: str
     face_bins: str
     note: str
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("fit", ("crop", "pad")), ("resample", ("bicubic", "lanczos")), ("space", ("model", "original"))):
+            if getattr(self, field) not in allowed:
+                raise UsageError(f"protocol {self.id}: {field} is {' or '.join(allowed)}, got {getattr(self, field)!r}")
+        if self.size < 1:
+            raise UsageError(f"protocol {self.id}: size should be at least 1 pixel, got {self.size}")
+        if (self.fit, self.space) == ("crop", "original"):
+            raise UsageError(f"protocol {self.id}: a cropped view cannot be brought back to the original picture; judge it with space=model, or pad")
 
 
 def _family(size: int) -> list[Protocol]:

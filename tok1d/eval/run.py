@@ -209,7 +209,7 @@ class Store:
 
     def finish(self, number: int, rows: list[Row], states: dict[str, tuple[Measure, State]]) -> None:
         """Write the rows of a chunk and take up its sums; it counts as done with the next :meth:`save`, due every few seconds."""
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write(self.out / "rows" / f"{number:05d}.jsonl", lines.encode())
         for name, (measure, state) in states.items():
             self.states[name] = measure.add(self.states.get(name, {}), state)

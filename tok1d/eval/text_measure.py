@@ -14,13 +14,14 @@ import torch
 
 from tok1d.eval.binned import Bins
 from tok1d.eval.bootstrap import clustered_intervals
+from tok1d.eval.gallery import Crops
 from tok1d.eval.manifest import Sample, Word
-from tok1d.eval.measures import Batch, Measure, Row
+from tok1d.eval.measures import Batch, Measure, Row, State
 from tok1d.eval.ocr import Recogniser
 from tok1d.eval.systems import Pictures, Rate
 from tok1d.eval.text import SCORES, VARIANTS, ChanceFloor, text_scores
 from tok1d.eval.view import restore
-from tok1d.eval.words import OK, UNREADABLE_IMAGE, WordPool, crop_word, word_status
+from tok1d.eval.words import OK, OUTSIDE_IMAGE, UNREADABLE_IMAGE, WordPool, crop_word, word_status
 
 ORIGINAL = "original"
 OUTSIDE_VIEW = "outside_view"
@@ -42,6 +43,7 @@ class Text(Measure):
         self.recogniser, self.bins = recogniser, bins
         self._pool: WordPool[Row] = WordPool(recogniser, pool)
         self._rows: list[Row] = []
+        self._crops = Crops(self.name)  # a few, for the report
 
     def describe(self) -> dict[str, Any]:
         return {"recogniser": self.recogniser.id, "bins": self.bins.name}
@@ -80,6 +82,8 @@ class Text(Measure):
                 if crop is None:
                     self._rows.append(row)
                 else:
+                    label = self.bins.labels[self.bins.index(word.scale)]
+                    self._crops.keep(pictures.rate.name, label, sample.id, number, torch.from_numpy(crop).permute(2, 0, 1))
                     self._take(self._pool.add(row, crop))
 
     def _take(self, readings: Sequence[Any]) -> None:
@@ -90,6 +94,12 @@ class Text(Measure):
         self._take(self._pool.flush())
         rows, self._rows = self._rows, []
         return sorted(rows, key=lambda r: (r["id"], r["rate"], r["word"]))
+
+    def state(self) -> State:
+        return self._crops.state()
+
+    def add(self, a: State, b: State) -> State:
+        return self._crops.add(a, b)
 
     def instances(self, rows: Sequence[Row], rate: str) -> Row:
         ceiling = [r for r in rows if r["rate"] == ORIGINAL]
@@ -136,12 +146,17 @@ def _crop(image: torch.Tensor, word: Word, batch: Batch | None, i: int) -> tuple
     if batch is None:
         return crop_word(image, word.box, word.poly)
     geometry = batch.geometry[i]
-    x0, y0, x1, y1 = word.box
-    corners = torch.tensor([(x0, y0), (x1, y1)], dtype=torch.float64)
-    if not geometry.shows(corners):
-        return None, OUTSIDE_VIEW
-    box = geometry.to_view(corners).flatten().tolist()
-    poly = None
-    if word.poly is not None:
-        poly = geometry.to_view(torch.tensor(word.poly, dtype=torch.float64)).tolist()
-    return crop_word(image, box, poly)
+    slanted = word.poly is not None and len(word.poly) == 4
+    corners = torch.tensor(word.poly if slanted else (word.box[:2], word.box[2:]), dtype=torch.float64)
+    edge = corners.new_tensor([geometry.width, geometry.height])
+    if corners.isfinite().all():
+        if (corners.amin(0) >= edge).any() or (corners.amax(0) <= 0).any():
+            return None, OUTSIDE_IMAGE
+        # What lies beyond the image's edge is cut off, as it is in the original; what the view cut off cannot be judged.
+        if not geometry.shows(corners.clamp(min=0).minimum(edge)):
+            return None, OUTSIDE_VIEW
+    left, top, right, bottom = geometry.inner
+    origin = corners.new_tensor([left, top])
+    box = (geometry.to_view(corners.new_tensor(word.box).reshape(2, 2)) - origin).flatten().tolist()
+    poly = (geometry.to_view(corners) - origin).tolist() if slanted else None
+    return crop_word(image[:, top:bottom, left:right], box, poly)
