@@ -12,7 +12,8 @@ from tests.contract.tokenizer import TokenizerContract
 from tok1d.errors import ImageError, ModelError, TokenError
 from tok1d.tokenizers.decoders.binary import BinaryDecoder
 from tok1d.tokenizers.encoders.binary import BinaryEncoder
-from tok1d.tokenizers.rotary import Merge, RotaryBlock, Split, centred_turns, rotary_axes, rotary_table, rotate
+from tok1d.tokenizers.rotary import centred_turns, rotary_axes, rotary_table, rotate
+from tok1d.tokenizers.rotary_blocks import Merge, RotaryBlock, Split
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.tokens import TokenSequence
 

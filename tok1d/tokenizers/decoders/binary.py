@@ -18,17 +18,8 @@ from torch import Tensor, nn
 from tok1d.errors import TokenError
 from tok1d.tokenizers.blocks import check_range, init_weights, learned, patch_grid, unpatchify
 from tok1d.tokenizers.part import Decoder
-from tok1d.tokenizers.rotary import (
-    RMSNorm,
-    Split,
-    centred_turns,
-    check_limit,
-    check_moves,
-    check_size,
-    rotary_axes,
-    rotary_blocks,
-    rotary_table,
-)
+from tok1d.tokenizers.rotary import centred_turns, rotary_axes, rotary_table
+from tok1d.tokenizers.rotary_blocks import RMSNorm, Split, check_limit, check_moves, check_size, rotary_blocks
 
 
 class BinaryDecoder(Decoder):

@@ -17,17 +17,8 @@ from torch import Tensor, nn
 
 from tok1d.tokenizers.blocks import check_range, init_weights, patchify
 from tok1d.tokenizers.part import Encoder
-from tok1d.tokenizers.rotary import (
-    Merge,
-    RMSNorm,
-    centred_turns,
-    check_limit,
-    check_moves,
-    check_size,
-    rotary_axes,
-    rotary_blocks,
-    rotary_table,
-)
+from tok1d.tokenizers.rotary import centred_turns, rotary_axes, rotary_table
+from tok1d.tokenizers.rotary_blocks import Merge, RMSNorm, check_limit, check_moves, check_size, rotary_blocks
 
 
 class BinaryEncoder(Encoder):

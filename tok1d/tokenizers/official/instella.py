@@ -25,7 +25,8 @@ from tok1d.tokenizers.encoders.binary import BinaryEncoder
 from tok1d.tokenizers.lengths import FixedLength
 from tok1d.tokenizers.official.layout import Layout, Place, Shapes, module_path, shape_of
 from tok1d.tokenizers.quantizers.bernoulli import BernoulliBits
-from tok1d.tokenizers.rotary import RMSNorm, angles, rotary_table, sequence_positions
+from tok1d.tokenizers.rotary import angles, rotary_table, sequence_positions
+from tok1d.tokenizers.rotary_blocks import RMSNorm
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 
 FAMILY = "Instella-T2I tokenizer"
