@@ -6,7 +6,6 @@ What is written by hand is checked field by field; messages say what is wrong wi
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,8 +25,15 @@ def to_row(sample: Sample) -> dict[str, Any]:
     row = {k: v for k, v in asdict(sample).items() if v not in (0, "", (), None)}
     for field in ("words", "faces"):
         if field in row:
-            row[field] = [{k: v for k, v in item.items() if v not in ((), None)} for item in row[field]]
+            row[field] = [{k: _floats(v) for k, v in item.items() if v not in ((), None)} for item in row[field]]
     return row
+
+
+def _floats(value: Any) -> Any:
+    """Coordinates as floats, so that 1 and 1.0 are one row and one hash."""
+    if isinstance(value, list | tuple):
+        return [_floats(v) for v in value]
+    return float(value) if isinstance(value, int | float) else value
 
 
 def to_sample(row: dict[str, Any]) -> Sample:
@@ -105,7 +111,7 @@ def number(value: Any, name: str) -> float:
     Raises:
         ValueError: anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > 1e9:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e9 <= value <= 1e9:  # NaN fails, too
         raise ValueError(f"{name} should be a finite number, got {str(value)[:60]}")
     return float(value)
 
