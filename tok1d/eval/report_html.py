@@ -50,14 +50,15 @@ def number(value: float, style: str = "g") -> str:
     """For people: four digits (``g``), a share as per cent (``%``), or a whole number (``d``).
 
     Example:
-        >>> number(0.0123456), number(123456.7), number(0.5, "%"), number(1234, "d")
-        ('0.01235', '123,457', '50.0 %', '1,234')
+        >>> number(0.0123), number(123456.7), number(12.0), number(1234, "d")
+        ('0.01230', '123,457', '12', '1,234')
     """
     if style == "%":
         return f"{100 * value:.1f}\u00a0%"
-    if style == "d" or abs(value) >= 10_000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}".replace("-", "−", 1) if value < 0 else f"{value:.4g}"
+    if style == "d" or abs(value) >= 10_000 or value == int(value):
+        return f"{value:,.0f}".replace("-", "−")
+    shown = f"{value:#.4g}".rstrip(".")
+    return shown.replace("-", "−", 1) if value < 0 else shown
 
 
 def cell(value: Value | None, style: str = "g", *, missing: str = "–", count: bool = False) -> str:
@@ -154,7 +155,7 @@ body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-appl
 main{max-width:1280px;margin:0 auto;padding:32px 24px 80px}
 h1{font-size:26px;line-height:1.25;font-weight:650;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:20px;font-weight:650;margin:56px 0 12px;padding-top:16px;border-top:1px solid var(--line)}
-h3{font-size:15px;font-weight:650;margin:28px 0 8px}
+h3{font-size:15px;font-weight:650;margin:28px 0 8px}details h3{margin:18px 0 6px;font-size:14px}
 p{margin:8px 0;max-width:78ch}
 .lead{color:var(--muted);margin:0 0 20px;overflow-wrap:anywhere}
 .note{color:var(--muted);font-size:13px}
@@ -181,7 +182,7 @@ td small{display:block;color:var(--muted);font-size:11px}
 td.text,th.text{text-align:left}td.wrap{white-space:normal;min-width:15em;max-width:34em;overflow-wrap:anywhere}
 td.none{color:var(--muted);font-size:12px;text-align:right}
 th[role=button]{cursor:pointer}th[role=button]:hover{color:var(--fg)}
-th[aria-sort=ascending]::after{content:" ↑"}th[aria-sort=descending]::after{content:" ↓"}
+th[aria-sort=ascending]::after{content:" ▲"}th[aria-sort=descending]::after{content:" ▼"}
 details{margin:10px 0}summary{cursor:pointer;color:var(--link);font-size:14px;padding:2px 0}
 details>.box,details>.strip{margin-top:8px}
 figure{margin:0}
@@ -197,7 +198,7 @@ figure{margin:0}
 .read{display:block;font-size:12px;margin-top:2px;max-width:150px;overflow:hidden;text-overflow:ellipsis;white-space:pre}
 .right{color:var(--good)}.wrong{color:var(--bad)}
 .strip{display:flex;flex-wrap:wrap;gap:12px 20px}
-.strip figure{width:300px;max-width:100%}.strip div{display:flex;gap:2px}.strip img{width:98px;height:98px;background:var(--tint)}
+.strip figure{width:290px;max-width:100%}.strip div{display:flex;gap:2px}.strip img{width:95px;height:95px;background:var(--tint)}
 .strip figcaption{font-size:12px;color:var(--muted);overflow-wrap:anywhere}
 code,pre{font:12px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 pre{background:var(--tint);padding:12px;border-radius:6px;overflow:auto;max-height:60vh}
@@ -212,7 +213,8 @@ for(const t of document.querySelectorAll('table:not(.still)')){
  heads.forEach((h,i)=>{h.setAttribute('role','button');h.tabIndex=0;
   const sort=()=>{const up=h.getAttribute('aria-sort')==='ascending'?-1:1,b=t.tBodies[0];
    heads.forEach(x=>x.removeAttribute('aria-sort'));h.setAttribute('aria-sort',up>0?'ascending':'descending');
-   const v=r=>{const c=r.children[i];return c.dataset.v!==undefined?+c.dataset.v:c.textContent};
+   const v=r=>{const c=r.children[i]||r.lastChild;return c.dataset.v!==undefined?+c.dataset.v:c.textContent};
+   t.querySelectorAll('.first').forEach(r=>r.classList.remove('first'));
    [...b.rows].sort((p,q)=>{const x=v(p),y=v(q);return typeof x==='number'&&typeof y==='number'?up*(x-y):typeof x==='number'?-1:typeof y==='number'?1:up*x.localeCompare(y,undefined,{numeric:true})}).forEach(r=>b.append(r))};
   h.addEventListener('click',sort);h.addEventListener('keydown',e=>{if(e.key==='Enter'||e.key===' '){e.preventDefault();sort()}})})}
 """

@@ -80,7 +80,7 @@ def words(runs: Sequence[Run]) -> str:
         if read is None:
             return f'<span class="read">{esc(row.get("status"))}</span>'
         kind, mark = ("right", "✓") if read == truth else ("wrong", "✗")
-        return f'<span class="read {kind}" title="{esc(read)}">{mark} {esc(read)}</span>'
+        return f'<span class="read {kind}" title="{esc(read)}">{mark} {esc(read) or "∅"}</span>'
 
     return _crops(runs, Crops("text"), "words", "word", lambda row: f'<span class="name" title="{esc(row["id"])}">{esc(row["truth"])}</span>', said)
 

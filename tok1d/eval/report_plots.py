@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tok1d.eval.measures import Row
 from tok1d.eval.report_data import Column, Run, binned
 from tok1d.eval.report_html import Value
@@ -126,7 +128,7 @@ def draw(panels: Sequence[Panel], ylabel: str, *, dark: bool, style: str = "g") 
 
     paper, ink, muted, grid = INK[dark]
     figure = Figure(figsize=(12.0 if len(panels) > 2 else 8.2, 3.9), dpi=200, facecolor=paper, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     handles: dict[str, Any] = {}
     for axis, panel in zip(axes, panels):
@@ -152,9 +154,8 @@ def draw(panels: Sequence[Panel], ylabel: str, *, dark: bool, style: str = "g") 
     )
     for text in legend.get_texts():
         text.set_color(ink)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=paper, metadata={"Software": ""})
-    return _smaller(buffer.getvalue())
+    canvas.draw()
+    return _png(canvas.buffer_rgba())
 
 
 def _curve(axis: Any, line: Line, scale: str, dark: bool) -> Any:
@@ -199,7 +200,10 @@ def _levels(axes: Sequence[Any], panels: Sequence[Panel], colour: str) -> None:
     low, high = min(p[2] for p in held), max(p[3] for p in held)
     reach = 0.35 * (high - low) or abs(high) or 1.0
     for axis, panel in zip(axes, panels):
-        for y, text in panel.levels:
+        shown: dict[int, list[str]] = {}
+        for y, text in panel.levels:  # levels that would lie upon one another share a line
+            shown.setdefault(round(50 * y / reach), []).append(text)
+        for y, text in ((next(v for v, t in panel.levels if t == texts[0]), ", ".join(texts)) for texts in shown.values()):
             if low - reach <= y <= high + reach:
                 axis.axhline(y, color=colour, linewidth=0.9, linestyle=(0, (1, 2)))
                 axis.annotate(
@@ -212,11 +216,12 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text.replace("$", r"\$")).lstrip("_")
 
 
-def _smaller(png: bytes) -> bytes:
+def _png(rgba: Any) -> bytes:
     """256 colours are enough for lines, and a quarter of the bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG")
+    pixels = np.asarray(rgba)
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+    image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG")
     return buffer.getvalue()
