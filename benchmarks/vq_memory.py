@@ -58,10 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.cases:
         command = [sys.executable, "-m", "benchmarks.vq_memory", "--here", "--cases", name]
         rows += json.loads(run([*command, f"--images={args.images}", f"--dim={args.dim}"]).output)
-        say("{case}: tensors {tensors_mib:.0f} MiB, process {resident_mib:.0f} MiB, {seconds:.1f} s".format(**rows[-1]))
+        say("{case}: tensors {tensors_mib:.0f} MiB, process {resident_mib:.0f} MiB, {cpu_seconds:.1f} CPU seconds".format(**rows[-1]))
     body = {
         "protocol": "first call, one process a case, 1 thread: most MiB of tensors at a time (torch profiler), and peak less "
-        "earlier resident memory of the process",
+        "earlier resident memory of the process; processor time, so that other programs do not count",
         "images": args.images, "tokens": TOKENS, "codes": CODES, "dim": args.dim,
         "all_scores_mib": args.images * TOKENS * CODES * 4 / 2**20,
         "cases": rows,
@@ -80,10 +80,10 @@ def weigh(name: str, images: int, dim: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     quantizer, z = build(name, images, dim)
     (torch.randn(64, 64, requires_grad=True) @ torch.randn(64, 64)).sum().backward()  # autograd and the library behind @ start up
-    before, start = _resident(), time.perf_counter()
+    before, start = _resident(), time.process_time()
     call(quantizer, z)
-    seconds, resident = time.perf_counter() - start, _peak() - before
-    row = {"case": name, "training": quantizer.training, "resident_mib": round(resident, 1), "seconds": round(seconds, 2)}
+    seconds, resident = time.process_time() - start, _peak() - before
+    row = {"case": name, "training": quantizer.training, "resident_mib": round(resident, 1), "cpu_seconds": round(seconds, 2)}
     del quantizer, z
     return {**row, "tensors_mib": round(tensors_mib(name, images, dim), 1)}
 
