@@ -56,7 +56,7 @@ def icdar(source: Path, images: Path | None) -> Manifest:
         samples.append(Sample(name, str(path), width, height, words=tuple(words), group=root.name))
     for base in {p.parent for p in used} if source.is_dir() else ():
         for path in sorted(p for p in base.iterdir() if p.suffix.lower() in SUFFIXES and p not in used):
-            notes.add("images have no gt file and are left out", path.name)
+            notes.add("images without a gt file, left out", path.name)
     return Manifest(root.name, Path("/"), tuple(samples), notes=notes.lines())
 
 
@@ -98,7 +98,7 @@ def wflw(source: Path, images: Path | None) -> Manifest:
     notes, samples = Notes(), []
     for path, faces in held.items():
         if not (base / path).is_file():
-            notes.add("images are missing and left out: without them the size of their faces is not known", path)
+            notes.add("images missing, left out because sizes of faces are relative to them", path)
             continue
         width, height = image_size(base / path)
         samples.append(Sample(path, str(base / path), width, height, faces=tuple(_face(f, width, height) for f in faces), group="wflw"))

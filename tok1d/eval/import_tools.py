@@ -14,7 +14,7 @@ from tok1d.data.photos import SUFFIXES
 from tok1d.errors import ImageError, TokError
 from tok1d.eval.manifest import Sample, Word, word
 
-ILLEGIBLE = "words are illegible and left out"
+ILLEGIBLE = "illegible words, left out"
 ORIENTATION = 0x0112  # of EXIF; 5 to 8 are lying on their side
 
 
@@ -26,13 +26,13 @@ class Notes:
         self.first: dict[str, str] = {}
 
     def add(self, what: str, where: str = "") -> None:
-        """One more ``what``, a phrase that follows a number."""
+        """One more ``what``."""
         self.counts[what] += 1
         self.first.setdefault(what, where)
 
     def lines(self) -> tuple[str, ...]:
-        """``12 words are illegible and left out`` …"""
-        return tuple(f"{n:,} {what}" + (f" (first: {self.first[what]})" if self.first[what] else "") for what, n in self.counts.items())
+        """``illegible words, left out: 12`` …"""
+        return tuple(f"{what}: {n:,}" + (f" (first: {self.first[what]})" if self.first[what] else "") for what, n in self.counts.items())
 
 
 def is_illegible(value: str) -> bool:
@@ -90,7 +90,7 @@ def check_sizes(samples: Sequence[Sample], base: Path, file: Path, notes: Notes)
             if problem:
                 wrong.append(problem)
         except ImageError as error:
-            notes.add("images are missing or damaged; they will be rows with a status", str(error))
+            notes.add("images missing or damaged, rows with a status later", str(error))
         found.append(replace(sample, path=str(path)))
     if wrong:
         raise TokError(f"{file}: {wrong[0]} ({len(wrong)} of {len(samples)} images are wrong)")

@@ -71,7 +71,7 @@ def folder(source: Path) -> Manifest:
             width, height = image_size(Path(sample.path), sample.offset, sample.size)
             sample = replace(sample, width=width, height=height)
         except ImageError as error:
-            notes.add("images are damaged; they will be rows with a status", str(error))
+            notes.add("images damaged, rows with a status later", str(error))
         samples.append(sample)
     return Manifest(source.name, Path("/"), tuple(samples), notes=notes.lines())
 
@@ -161,8 +161,8 @@ def export_tokbench(manifest: Manifest, out: Path, *, images: bool = False) -> l
             raise TokError(f"{sample.id}: its size is not in the manifest, but TokBench's files hold it; add width and height")
         name = _name(manifest, sample)
         group = sample.group.replace("/", "_").strip(".") or "images"
-        words = [{"rec": w.value, "bbox": list(w.box), "ratio": w.scale} for w in sample.words]
-        faces = [{"kps": [list(p) for p in f.kps], "ratio": f.scale, **({"box": list(f.box)} if f.box else {})} for f in sample.faces]
+        words = [{"rec": w.value, "bbox": list(map(float, w.box)), "ratio": w.scale} for w in sample.words]
+        faces = [{"kps": [list(map(float, p)) for p in f.kps], "ratio": f.scale, **({"box": list(map(float, f.box))} if f.box else {})} for f in sample.faces]
         parts = []
         if words or not faces:
             parts.append((group, f"text_{group}", {"file_name": name, "height": sample.height, "width": sample.width, "annotations": words}))
@@ -221,7 +221,7 @@ def shards(source: Path) -> Manifest:
                 try:
                     member = beside.get(sample.id)
                     if member is None:
-                        notes.add("images have no JSON file beside them and are kept without annotations", sample.id)
+                        notes.add("images without a JSON file, kept without annotations", sample.id)
                         samples.append(sample)
                         continue
                     said = json.loads(archive.extractfile(member).read())  # type: ignore[union-attr]
@@ -238,7 +238,7 @@ def _shard_sample(sample: Sample, said: Mapping[str, Any], notes: Notes) -> Samp
     try:
         width, height = image_size(Path(sample.path), sample.offset, sample.size)
     except ImageError as error:
-        notes.add("images are damaged; they will be rows with a status", f"{sample.id}, {error}")
+        notes.add("images damaged, rows with a status later", f"{sample.id}, {error}")
         width, height = int(said["width"]), int(said["height"])
     wrong = wrong_size(replace(sample, width=said.get("width", 0), height=said.get("height", 0)), width, height)
     if wrong:
@@ -256,7 +256,7 @@ def _shard_sample(sample: Sample, said: Mapping[str, Any], notes: Notes) -> Samp
         x, y, w, h = (number(v, "face_box") for v in said["face_box"])
         row["faces"] = [{"kps": said["kps"], "box": [x, y, x + w, y + h]}]
     elif said.get("face_box"):
-        notes.add("faces have a box but no landmarks and are left out; tok eval annotate faces finds them")
+        notes.add("faces with a box but without landmarks, left out (tok eval annotate faces finds landmarks)")
     faces = to_sample({**row, "width": width, "height": height}).faces
     group = said["source"] if isinstance(said.get("source"), str) else sample.group
     return replace(sample, width=width, height=height, words=tuple(words), faces=faces, group=group)

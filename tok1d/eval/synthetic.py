@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,55 +40,65 @@ FACES = (0.14, 0.18, 0.23, 0.28, 0.38, 0.52)  # heights of faces relative to the
 
 
 def text_ladder(count: int, size: int = 256, seed: int = 0) -> Iterator[tuple[Tensor, Sample]]:
-    """Rendered words, half of them random strings; one size of characters an image, the sizes of :data:`STEPS` in turn.
-
-    Args:
-        count: images.
-        size: pixels, square; sizes of characters grow with it.
-        seed: of words, colours and places.
-
-    Yields:
-        An image and its sample: boxes are those of the ink with :data:`MARGIN` around, scales those of the ink; the tag
-        ``step=N`` is the size of characters in pixels at 256.
-    """
-    for i in range(_count(count, size)):
-        rng = np.random.default_rng((seed, 1, i))
-        paper, ink = _colours(rng)
-        canvas = _background(rng, paper, size, 6.0)
-        step = STEPS[i % len(STEPS)]
-        words = tuple(_page(rng, canvas, ink, step * size / 256))
-        image = torch.from_numpy(canvas.round().clip(0, 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
-        yield image, Sample(f"text-{i:05d}", f"images/text-{i:05d}.png", size, size, words=words, group="ladder", tags=(f"step={step:g}",))
+    """The first ``count`` of :func:`text_image`."""
+    _check(count, size)
+    return (text_image(i, size, seed) for i in range(count))
 
 
 def face_set(count: int, size: int = 256, seed: int = 0) -> Iterator[tuple[Tensor, Sample]]:
+    """The first ``count`` of :func:`face_image`."""
+    _check(count, size)
+    return (face_image(i, size, seed) for i in range(count))
+
+
+def text_image(index: int, size: int = 256, seed: int = 0) -> tuple[Tensor, Sample]:
+    """Rendered words, half of them random strings; one size of characters an image, the sizes of :data:`STEPS` in turn.
+
+    Args:
+        index: of the image in its set.
+        size: pixels, square; sizes of characters grow with it.
+        seed: of words, colours and places.
+
+    Returns:
+        The image and its sample: boxes are those of the ink with :data:`MARGIN` around, scales those of the ink; the tag
+        ``step=N`` is the size of characters in pixels at 256.
+    """
+    rng = np.random.default_rng((seed, 1, index))
+    paper, ink = _colours(rng)
+    canvas = _background(rng, paper, size, 6.0)
+    step = STEPS[index % len(STEPS)]
+    words = tuple(_page(rng, canvas, ink, step * size / 256))
+    name = f"text-{index:05d}"
+    return _uint8(canvas), Sample(name, f"images/{name}.png", size, size, words=words, group="ladder", tags=(f"step={step:g}",))
+
+
+def face_image(index: int, size: int = 256, seed: int = 0) -> tuple[Tensor, Sample]:
     """Drawn faces, another person each, one to four an image, in the sizes of :data:`FACES` in turn.
 
     Args:
-        count: images.
+        index: of the image in its set.
         size: pixels, square.
         seed: of people and places.
 
-    Yields:
-        An image and its sample: landmarks and boxes are exact.
+    Returns:
+        The image and its sample: landmarks and boxes are exact.
     """
     from PIL import Image, ImageDraw
 
-    for i in range(_count(count, size)):
-        rng = np.random.default_rng((seed, 2, i))
-        share = FACES[i % len(FACES)]
-        ground = _background(rng, rng.integers(40, 230, 3).astype(np.float64), size, 14.0)
-        picture = Image.fromarray(ground.round().clip(0, 255).astype(np.uint8)).resize((size * FINER,) * 2, Image.Resampling.NEAREST)
-        canvas = ImageDraw.Draw(picture, "RGBA")
-        faces: list[Face] = []
-        for cell in _cells(rng, share):
-            height = share * size * rng.uniform(0.95, 1.05)
-            centre = (np.array(cell) + rng.uniform(-0.03, 0.03, 2)) * size
-            face = draw_face(canvas, Person.draw_lots(rng), centre, height, float(rng.uniform(-0.25, 0.25)), size)
-            faces.append(Face(face.kps, face.scale, face.box, f"{seed}-{i}-{len(faces)}"))
-        small = picture.resize((size, size), Image.Resampling.BOX)
-        image = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
-        yield image, Sample(f"face-{i:05d}", f"images/face-{i:05d}.png", size, size, faces=tuple(faces), group="drawn")
+    rng = np.random.default_rng((seed, 2, index))
+    share = FACES[index % len(FACES)]
+    ground = _uint8(_background(rng, rng.integers(40, 230, 3).astype(np.float64), size, 14.0)).permute(1, 2, 0).contiguous()
+    picture = Image.fromarray(ground.numpy()).resize((size * FINER, size * FINER), Image.Resampling.NEAREST)
+    canvas = ImageDraw.Draw(picture, "RGBA")
+    faces: list[Face] = []
+    for cell in _cells(rng, share):
+        height = share * size * rng.uniform(0.95, 1.05)
+        centre = (np.array(cell) + rng.uniform(-0.03, 0.03, 2)) * size
+        face = draw_face(canvas, Person.draw_lots(rng), centre, height, float(rng.uniform(-0.25, 0.25)), size)
+        faces.append(replace(face, person=f"{seed}-{index}-{len(faces)}"))
+    image = torch.from_numpy(np.array(picture.reduce(FINER))).permute(2, 0, 1).contiguous()
+    name = f"face-{index:05d}"
+    return image, Sample(name, f"images/{name}.png", size, size, faces=tuple(faces), group="drawn")
 
 
 def write_set(kind: str, folder: Path, count: int = 200, size: int = 256, seed: int = 0) -> Manifest:
@@ -106,7 +117,7 @@ def write_set(kind: str, folder: Path, count: int = 200, size: int = 256, seed: 
 
     if kind not in KINDS:
         raise UsageError(f"sets of kind {kind!r} are not drawn; there are {', '.join(KINDS)}")
-    _count(count, size)
+    _check(count, size)
     asked = {"kind": kind, "size": size, "seed": seed, "renderer": _renderer(kind)}
     record = folder / "set.json"
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -131,65 +142,11 @@ def write_set(kind: str, folder: Path, count: int = 200, size: int = 256, seed: 
     return manifest
 
 
-@dataclass(frozen=True)
-class LadderPoint:
-    """Words of one size of characters at one rate.
-
-    Attributes:
-        rate: of the system, ``original`` for the originals.
-        pixels: from one character to the next, in the image: a step of the ladder.
-        n: words that were read.
-        accuracy: share of those read exactly right.
-        low, high: of the accuracy's 95 % interval (Wilson), as if words were independent.
-        ned: mean edit similarity.
-    """
-
-    rate: str
-    pixels: float
-    n: int
-    accuracy: float
-    low: float
-    high: float
-    ned: float
-
-
-def ladder_table(rows: Sequence[Mapping[str, Any]], size: int = 256) -> list[LadderPoint]:
-    """Accuracy by size of characters, from the ``words`` rows of a run over a text ladder (``read_rows(out, "words")``).
-
-    Args:
-        rows: with ``rate``, ``truth``, ``read``, ``scale`` and ``status``; those that were not read are left out.
-        size: pixels of the ladder's images.
-    """
-    from tok1d.eval.text import text_scores
-
-    steps = np.array(STEPS) * size / 256
-    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["status"] == "ok":
-            nearest = float(steps[np.abs(np.log(steps / max(1e-9, row["scale"] * size))).argmin()])
-            groups.setdefault((row["rate"], nearest), []).append(row)
-    points = []
-    for (rate, pixels), found in sorted(groups.items()):
-        truths, reads = [r["truth"] for r in found], [r["read"] for r in found]
-        n, right = len(found), float(text_scores(truths, reads, "acc", "raw").sum())
-        low, high = _wilson(right, n)
-        points.append(LadderPoint(rate, pixels, n, right / n, low, high, float(text_scores(truths, reads, "ned", "raw").mean())))
-    return points
-
-
-def _wilson(right: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Interval of a share (Wilson 1927)."""
-    share, middle = right / n, 1 + z * z / n
-    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / middle), min(1.0, (centre + half) / middle)
-
-
-def _count(count: int, size: int) -> int:
+def _check(count: int, size: int) -> None:
     if not LEAST <= size <= MOST:
         raise UsageError(f"images of a drawn set are {LEAST} to {MOST} pixels wide, got size={size}")
     if count < 1:
         raise UsageError(f"a drawn set needs at least one image, got count={count}")
-    return count
 
 
 def _renderer(kind: str) -> str:
@@ -222,34 +179,28 @@ def _page(rng: np.random.Generator, canvas: NDArray[np.float64], ink: NDArray[np
     """Set up to 15 words in lines, spread over the page; the canvas is painted on."""
     size = len(canvas)
     margin = max(2, round(0.03 * size))
-    y, placed = margin + float(rng.uniform(0, 0.5 * pitch)), 0
+    y, placed = margin + round(rng.uniform(0, 0.5 * pitch)), 0
     while placed < 15:
-        x, tallest = margin + float(rng.uniform(0, max(1.5 * pitch, 0.1 * size))), 0
+        x, tallest = margin + round(rng.uniform(0, max(1.5 * pitch, 0.1 * size))), 0
         while placed < 15:
             room = int((size - margin - x) / pitch * 0.98)
             if room < 3:
                 break
             value = _value(rng, room)
-            mask = _ink(value, pitch)
-            height, width = mask.shape
-            left, top = round(x), round(y)
-            if left + width > size - margin or top + height > size - margin:
+            mask, width, height = _ink(value, pitch)
+            rows, columns = mask.shape
+            if x + columns > size - margin or y + rows > size - margin:
                 break
-            part = canvas[top : top + height, left : left + width]
+            part = canvas[y : y + rows, x : x + columns]
             part += (ink - part) * mask[..., None]
-            yield _boxed(word((left, top, left + width, top + height), value, size, size), size)
-            placed, tallest = placed + 1, max(tallest, height)
-            x += width + float(rng.uniform(1.0 * pitch, max(2.5 * pitch, 0.3 * size)))
+            around = MARGIN * height
+            box = (max(0.0, x - around), max(0.0, y - around), min(float(size), x + width + around), min(float(size), y + height + around))
+            yield replace(word((x, y, x + width, y + height), value, size, size), box=box)
+            placed, tallest = placed + 1, max(tallest, rows)
+            x += columns + round(rng.uniform(1.0 * pitch, max(2.5 * pitch, 0.3 * size)))
         if not tallest:
             return
-        y += tallest + float(rng.uniform(0.6 * pitch, max(1.2 * pitch, 0.2 * size)))
-
-
-def _boxed(ink: Word, size: int) -> Word:
-    """A word with room around its ink; its scale stays that of the ink."""
-    x0, y0, x1, y1 = ink.box
-    room = MARGIN * (y1 - y0)
-    return replace(ink, box=(max(0.0, x0 - room), max(0.0, y0 - room), min(float(size), x1 + room), min(float(size), y1 + room)))
+        y += tallest + round(rng.uniform(0.6 * pitch, max(1.2 * pitch, 0.2 * size)))
 
 
 def _value(rng: np.random.Generator, longest: int) -> str:
@@ -260,19 +211,43 @@ def _value(rng: np.random.Generator, longest: int) -> str:
     return "".join(letters[k] for k in rng.integers(len(letters), size=rng.integers(3, min(8, longest) + 1)))
 
 
-def _ink(value: str, pitch: float) -> NDArray[np.float64]:
-    """A word in Pillow's own font whose ink is ``pitch`` × its characters wide: coverage (h, w) in [0, 1], no empty border."""
-    from PIL import Image, ImageDraw, ImageFont
+def _ink(value: str, pitch: float) -> tuple[NDArray[np.float64], float, float]:
+    """A word whose ink is ``pitch`` × its characters wide.
+
+    It is drawn large and shrunk by area: no hinting, so that widths are exact at every size.
+
+    Returns:
+        Coverage (rows, columns) in [0, 1] with the ink at the upper left, and the ink's width and height in pixels.
+    """
+    from PIL import Image, ImageDraw
+
+    font = _font(max(128, 2 ** math.ceil(math.log2(4 * pitch))))
+    x0, y0, x1, y1 = font.getbbox(value)
+    large = Image.new("L", (math.ceil(x1 - x0) + 16, math.ceil(y1 - y0) + 16))
+    ImageDraw.Draw(large).text((8 - x0, 8 - y0), value, fill=255, font=font)
+    left, top, right, bottom = large.getbbox()
+    shrink = (right - left) / (pitch * len(value))
+    width, height = (right - left) / shrink, (bottom - top) / shrink
+    columns, rows = math.ceil(width - 1e-6), math.ceil(height - 1e-6)
+    room = Image.new("L", (math.ceil(columns * shrink) + 1, math.ceil(rows * shrink) + 1))
+    room.paste(large.crop((left, top, right, bottom)))
+    mask = room.resize((columns, rows), Image.Resampling.BOX, (0, 0, columns * shrink, rows * shrink))
+    return np.asarray(mask, np.float64) / 255, width, height
+
+
+@lru_cache(maxsize=8)
+def _font(em: int) -> Any:
+    from PIL import ImageFont
 
     try:
-        x0, _, x1, _ = ImageFont.load_default(100.0).getbbox(value)
-        font = ImageFont.load_default(100.0 * pitch * len(value) / (x1 - x0))
+        return ImageFont.load_default(float(em))
     except ImportError as error:
         raise MissingExtraError(f"text is drawn with Pillow's FreeType support, which this Pillow lacks ({error}); install its wheel") from error
-    x0, y0, x1, y1 = font.getbbox(value)
-    picture = Image.new("L", (math.ceil(x1 - x0) + 8, math.ceil(y1 - y0) + 8))
-    ImageDraw.Draw(picture).text((4 - x0, 4 - y0), value, fill=255, font=font)
-    return np.asarray(picture.crop(picture.getbbox()), np.float64) / 255
+
+
+def _uint8(canvas: NDArray[np.float64]) -> Tensor:
+    """(H, W, 3) → uint8 (3, H, W), rounded."""
+    return torch.from_numpy(canvas.round().clip(0, 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def _cells(rng: np.random.Generator, share: float) -> list[tuple[float, float]]:
