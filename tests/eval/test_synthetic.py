@@ -82,7 +82,7 @@ def test_landmarks_lie_on_what_they_name():
         for eye, side in ((face.kps[0], -1), (face.kps[1], 1)):
             assert patch(grey, eye) < patch(grey, np.array(eye) + side * 0.14 * apart) - 60
         mouth = (np.array(face.kps[3]) + face.kps[4]) / 2
-        below = mouth + (0, 0.25 * apart[0])
+        below = mouth + np.array([0, 0.25 * apart[0]])
         assert max(abs(patch(c, mouth) - patch(c, below)) for c in image.float()) > 8
 
 
