@@ -55,7 +55,7 @@ def number(value: float, style: str = "g") -> str:
     """
     if style == "%":
         return f"{100 * value:.1f}\u00a0%"
-    if style == "d" or abs(value) >= 10_000 or value == int(value):
+    if style == "d" or abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}".replace("-", "−")
     shown = f"{value:#.4g}".rstrip(".")
     return shown.replace("-", "−", 1) if value < 0 else shown
@@ -202,9 +202,10 @@ figure{margin:0}
 .strip figcaption{font-size:12px;color:var(--muted);overflow-wrap:anywhere}
 code,pre{font:12px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 pre{background:var(--tint);padding:12px;border-radius:6px;overflow:auto;max-height:60vh}
-@media (max-width:640px){main{padding:20px 12px 48px}dl{grid-template-columns:1fr}dt{margin-top:6px}}
+@media (max-width:640px){main{padding:20px 12px 48px}dl{grid-template-columns:1fr}dt{margin-top:6px}.plot{overflow-x:auto}.plot img{width:960px}.plot.narrow img{width:640px}}
+@page{size:landscape;margin:12mm}
 @media print{main{max-width:none;padding:0}nav,summary::marker{display:none}.box,.tall{overflow:visible;max-height:none;border:0}th:first-child{position:static}
-table{font-size:9px}th,td{padding:2px 4px}h2{break-after:avoid}figure,tr{break-inside:avoid}}
+table{font-size:8px}th,td{padding:2px 4px}thead th{font-size:8px;white-space:normal}td small,td.none,.name,.read{font-size:7px}td.wrap{min-width:0}h2{break-after:avoid}figure,tr{break-inside:avoid}}
 """
 
 SCRIPT = """

@@ -223,5 +223,9 @@ def _png(rgba: Any) -> bytes:
     buffer = io.BytesIO()
     pixels = np.asarray(rgba)
     image = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
-    image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG")
+    small = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    palette, paper = small.getpalette() or [], 3 * int(small.getpixel((0, 0)))  # type: ignore[arg-type]
+    palette[paper : paper + 3] = pixels[0, 0, :3].tolist()  # exactly the page's own, so that no edge shows
+    small.putpalette(palette)
+    small.save(buffer, "PNG")
     return buffer.getvalue()

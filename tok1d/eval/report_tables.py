@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -151,7 +152,7 @@ def bd_tables(runs: Sequence[Run], found: Sequence[Column]) -> str:
             for name, cost in costs:
                 if name == "tokens" and not a.kind == b.kind == "tokenizer":
                     continue
-                cells = [_delta([_points(run, column, cost) for run in (a, b)], column) for column in quality]
+                cells = [_delta([_points(run, column, cost) for run in (a, b)], column, (a.label, b.label)) for column in quality]
                 if len(set(cells)) == 1 and len(cells) > 1 and "data-v" not in cells[0]:  # one reason for all
                     cells = [cells[0].replace("<td ", f'<td colspan="{len(cells)}" ', 1)]
                 rows.append(line(row_head(f"{b.label} against {a.label}", name), *cells, first=name == costs[0][0] and bool(rows)))
@@ -166,13 +167,14 @@ def _points(run: Run, column: Column, cost: Callable[[Run, Row], float | None]) 
     return [(float(c), (-1 if column.better < 0 else 1) * v.mean) for c, v in held if c and v is not None and v.mean is not None]
 
 
-def _delta(curves: list[list[tuple[float, float]]], column: Column) -> str:
+def _delta(curves: list[list[tuple[float, float]]], column: Column, labels: tuple[str, str]) -> str:
     if not all(curves):
         return text_cell(NOT_MEASURED, muted=True)
     (ra, qa), (rb, qb) = (tuple(zip(*points)) for points in curves)
     delta = bd_rate(ra, qa, rb, qb)
     if delta.percent is None:
-        return text_cell(delta.reason, muted=True, wrap=True)
+        reason = re.sub(r"\bcurve ([AB])\b", lambda m: labels["AB".index(m[1])], delta.reason)
+        return text_cell(reason, muted=True, wrap=True)
     sign = "+" if delta.percent > 0 else "−"
     low, high = sorted(abs(q) for q in delta.overlap or (0.0, 0.0))
     return (
