@@ -33,7 +33,7 @@ def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     Example:
         >>> square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
         >>> similarity_transform(square[None], square * 2 + 3)[0].tolist()
-        [[2.0, 0.0, 3.0], [0.0, 2.0, 3.0]]
+        [[2.0, -0.0, 3.0], [0.0, 2.0, 3.0]]
     """
     z, w = torch.view_as_complex(source.double().contiguous()), torch.view_as_complex(target.double().contiguous())
     z0, w0 = z.mean(-1, keepdim=True), w.mean(-1, keepdim=True)
@@ -70,20 +70,25 @@ def align(images: Tensor, kps: Tensor, index: Sequence[int] | None = None, size:
     height, width = stack.shape[-2:]
     target = torch.tensor(TEMPLATE, dtype=torch.float64) * (size / SIDE)
     m = similarity_transform(kps.cpu(), target)
-    a, b = torch.complex(m[:, 0, 0], m[:, 1, 0]), torch.complex(m[:, 0, 2], m[:, 1, 2])
+    turn = m[:, :, :2]
+    back = turn.mT / turn[:, :, 0].square().sum(-1)[:, None, None]  # its inverse: where each pixel comes from
+    shift = -(back @ m[:, :, 2:])[..., 0]
     line = torch.arange(size, dtype=torch.float64)
-    pixels = torch.complex(line.expand(size, size), line[:, None].expand(size, size))
-    points = (pixels - b[:, None, None]) / a[:, None, None]  # where each pixel comes from
-    grid = torch.stack([(2 * points.real + 1) / width - 1, (2 * points.imag + 1) / height - 1], -1).float()
+    columns, lines = back[:, :, 0, None] * line, back[:, :, 1, None] * line  # (n, 2, size)
+    extent = torch.tensor([width, height], dtype=torch.float64)
+    unit = 2 / extent[:, None]  # grid_sample counts from -1 to 1 between the outer corners of the pixels
+    columns, lines = columns * unit, lines * unit + (shift * 2 + 1)[..., None] / extent[:, None] - 1
+    grid = (columns[:, :, None, :] + lines[:, :, :, None]).float().permute(0, 2, 3, 1)
     result = torch.empty((len(kps), 3, size, size), dtype=torch.uint8, device=images.device)
     # Images with equally many faces go together, their faces one below the other: no image is copied twice.
     counts = torch.bincount(places, minlength=len(stack))
-    for count in counts.unique().tolist():
+    for count in sorted(set(counts.tolist())):
         if count:
             chosen = (counts == count).nonzero().flatten()
             rows = torch.cat([(places == i).nonzero().flatten() for i in chosen])
             tall = grid[rows].reshape(len(chosen), count * size, size, 2).to(images.device)
-            warped = F.grid_sample(stack[chosen.to(images.device)].float(), tall, mode="bilinear", padding_mode="zeros", align_corners=False)
+            part = stack if len(chosen) == len(stack) else stack[chosen.to(images.device)]
+            warped = F.grid_sample(part.float(), tall, mode="bilinear", padding_mode="zeros", align_corners=False)
             faces = warped.reshape(len(chosen), 3, count, size, size).transpose(1, 2).flatten(0, 1)
-            result[rows.to(images.device)] = faces.round().clamp(0, 255).byte()
+            result[rows.to(images.device)] = faces.round_().byte()  # a mean of bytes is in their range
     return result

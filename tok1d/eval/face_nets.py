@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tok1d.errors import ImageError, ModelError, TokError
 from tok1d.eval.manifest import Face, Manifest, Sample
-from tok1d.eval.onnx_net import open_graph, read_onnx
+from tok1d.eval.onnx_net import one_thread, open_graph, read_onnx
 from tok1d.extras import require
 from tok1d.licences import VARIABLE, LicenceNotice
 
@@ -59,7 +59,7 @@ def unit(x: Tensor) -> Tensor:
         >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
         [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
-    return (x.double() / x.double().norm(dim=1, keepdim=True).clamp(min=1e-12)).float()
+    return torch.nn.functional.normalize(x.double(), dim=1).float()
 
 
 class FunctionEmbedder:
@@ -131,8 +131,11 @@ class OnnxEmbedder:
             raise TokError(f"aligned faces must be uint8 (N, 3, {SIDE}, {SIDE}), got {tuple(aligned.shape)}")
         if not len(aligned):
             return torch.zeros(0, 1)
-        # By parts: as floats the pixels take four times the memory.
-        parts = [self.graph((part.cpu().float() - self.mean) / self.std) for part in aligned.split(64)]
+        parts = []
+        for part in torch.split(aligned, 64):  # as floats the pixels take four times the memory
+            with one_thread():
+                pixels = part.cpu().float().sub_(self.mean).div_(self.std)
+            parts.append(self.graph(pixels))
         return unit(torch.cat(parts))
 
 

@@ -22,6 +22,7 @@ from tok1d.eval.face_nets import Embedder
 from tok1d.eval.gallery import Crops
 from tok1d.eval.manifest import Face, Sample, landmarks
 from tok1d.eval.measures import Batch, Measure, Row, State
+from tok1d.eval.onnx_net import one_thread
 from tok1d.eval.systems import Pictures, Rate
 from tok1d.eval.text import partners
 from tok1d.eval.view import restore
@@ -116,7 +117,8 @@ class FaceSimilarity(BinnedMean):
 
     def verified(self) -> list[float]:
         """Share of each bin at or above the threshold, NaN for an empty bin."""
-        return (self.above / self.n.sum(0))[1:-1].tolist()
+        share: list[float] = (self.above / self.n.sum(0))[1:-1].tolist()
+        return share
 
 
 class Faces(Measure):
@@ -181,12 +183,16 @@ class Faces(Measure):
                     self._rows.append((row, None))
             if whole and len(rows) > first:
                 image = batch.images[i] if pictures.rate is _Original else restore(pictures.images[i], batch.geometry[i], batch.protocol)
-                self._add(rows[first:], align(image.to(self.device), torch.stack(points[first:])))
+                self._add(rows[first:], self._align(image, points[first:], None))
         if rows and not whole:
-            self._add(rows, align(pictures.images.to(self.device), torch.stack(points), places))
+            self._add(rows, self._align(pictures.images, points, places))
+
+    def _align(self, images: Tensor, points: Sequence[Tensor], places: Sequence[int] | None) -> Tensor:
+        with one_thread():  # a few faces are warped sooner than other threads wake up
+            return align(images.to(self.device), torch.stack(list(points)), places).cpu()
 
     def _add(self, rows: Sequence[Row], aligned: Tensor) -> None:
-        for row, face in zip(rows, aligned.cpu()):
+        for row, face in zip(rows, aligned):
             self._crops.keep(row["rate"], self.bins.labels[self.bins.index(row["scale"])], row["id"], row["face"], face)
             self._rows += self._pool.add(row, face.clone())  # a view would keep the whole batch in memory
 

@@ -2,13 +2,15 @@
 
 Face recognisers (ArcFace, SFace, MobileFaceNet) come as ONNX files and are chains of a dozen operators. onnxruntime spends more than half of its
 time on a CPU in their PReLUs; here batch normalisations are folded into convolutions, 1 × 1 convolutions are matrix products over channels-last
-pixels, and batches are small enough for the caches and always of one size, so that kernels — and the last bits — do not depend on the company.
-Graphs with other operators go to onnxruntime. Shapes: pictures are float (N, 3, H, W), results float32 (N, D).
+pixels, and batches are small enough for the caches, each on one thread, and always of one size, so that kernels — and the last bits — do not
+depend on the company. Graphs with other operators go to onnxruntime. Shapes: pictures are float (N, 3, H, W), results float32 (N, D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,17 @@ def _dequantize(inputs: list[NDArray[Any]], options: dict[str, Any]) -> NDArray[
     return (q - spread(zero)) * spread(scale)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's operators run on the thread that calls them, for as long as this lasts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class TorchGraph:
     """Runs a folded graph of one input and one output.
 
@@ -144,15 +157,21 @@ class TorchGraph:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Float (N, 3, H, W) → float32 (N, D), on the CPU."""
-        cuda = self.device.type == "cuda"
-        found = []
+        parts = torch.split(x, self.batch)
+        threads = torch.get_num_threads()
+        if self.device.type != "cpu" or threads == 1:
+            return torch.cat([self._part(part) for part in parts])
+        # Each thread a batch of its own: threads that share one wait for each other sixty times a batch, for long on a busy machine.
+        with one_thread(), ThreadPoolExecutor(min(threads, len(parts))) as pool:
+            return torch.cat(list(pool.map(self._part, parts)))
+
+    def _part(self, part: Tensor) -> Tensor:
+        fill = part[-1:].expand(self.batch - len(part), -1, -1, -1)
         # TF32 would make similarities depend on the GPU's generation.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=not cuda):
-            for part in x.split(self.batch):
-                fill = part[-1:].expand(self.batch - len(part), -1, -1, -1)
-                full = torch.cat([part, fill]).to(self.device).contiguous(memory_format=torch.channels_last)
-                found.append(self._run(full)[: len(part)].float().cpu())
-        return torch.cat(found)
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), exact if self.device.type == "cuda" else nullcontext():
+            full = torch.cat([part, fill]).to(self.device).contiguous(memory_format=torch.channels_last)
+            return self._run(full)[: len(part)].float().cpu()
 
     def _run(self, x: Tensor) -> Tensor:
         held = {self.input: x}
@@ -257,7 +276,7 @@ class OrtGraph:
     def __call__(self, x: Tensor) -> Tensor:
         """Float (N, 3, H, W) → float32 (N, D)."""
         found = []
-        for part in x.split(self.batch):
+        for part in torch.split(x, self.batch):
             rows = len(part)
             if self.fixed:
                 part = torch.cat([part, part[-1:].expand(self.batch - rows, -1, -1, -1)])
