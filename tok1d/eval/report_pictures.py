@@ -1,7 +1,7 @@
 """Pictures of the report: the fixed images at every rate, the best and worst, crops of words and faces.
 
 All come from the states that a run kept (:mod:`tok1d.eval.gallery`); names, readings and cosines from its rows. Photos are shown as
-JPEG without chroma subsampling, crops as PNG. Shapes: pictures uint8 (n, 2, 3, S, S), crops uint8 (n, 3, h, W).
+WebP, crops as PNG. Shapes: pictures uint8 (n, 2, 3, S, S), crops uint8 (n, 3, h, W).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tok1d.eval.report_html import details, esc, line, number, uri
 
 ORIGINAL = "original"
 PIXELATED = 64  # pixels a side; smaller pictures are shown with their pixels
-QUALITY = 88  # of JPEG
+QUALITY = 82  # of WebP
 THUMBNAIL = 160  # pixels a side of the best and worst
 GAIN = 4  # of differences
 
@@ -64,7 +64,7 @@ def extremes(run: Run) -> str:
                 value = abs(key) / SCALE
                 a, b = _thumbnail(pair)
                 difference = ((a.short() - b.short()).abs() * GAIN).clamp(max=255).byte()
-                images = "".join(f'<img src="{uri(_jpeg(p), "jpeg")}" alt="{t}">' for p, t in ((a, "original"), (b, "reconstruction"), (difference, "difference")))
+                images = "".join(f'<img src="{uri(_webp(p), "webp")}" alt="{t}">' for p, t in ((a, "original"), (b, "reconstruction"), (difference, "difference")))
                 name = column.lstrip("-")
                 said = f"{TITLES.get(name, name)} {number(value)} · {names.get(ident, '')}".rstrip(" ·")
                 figures.append(f"<figure><div>{images}</div><figcaption>{esc(said)}</figcaption></figure>")
@@ -171,7 +171,7 @@ def _next(first: bool, content: str) -> str:
 
 def _picture(image: Tensor, label: str) -> str:
     small = image.shape[-1] < PIXELATED
-    source = uri(_png(image)) if small else uri(_jpeg(image), "jpeg")
+    source = uri(_png(image)) if small else uri(_webp(image), "webp")
     return f'<img class="pic{" px" if small else ""}" loading="lazy" src="{source}" alt="{esc(label)}">'
 
 
@@ -184,11 +184,11 @@ def _thumbnail(pair: Tensor) -> Tensor:
     return F.interpolate(pair, (THUMBNAIL, THUMBNAIL), mode="bicubic", antialias=True) if pair.shape[-1] > THUMBNAIL else pair
 
 
-def _jpeg(image: Tensor) -> bytes:
+def _webp(image: Tensor) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "JPEG", quality=QUALITY, subsampling=0, optimize=True)
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "WEBP", quality=QUALITY, method=4)
     return buffer.getvalue()
 
 
