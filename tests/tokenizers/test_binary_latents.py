@@ -199,8 +199,14 @@ def test_arguments_that_are_refused(arguments, message):
     with pytest.raises(ModelError, match=message):
         BinaryEncoder(**given)
     given["split_after"] = given.pop("merge_after")
-    with pytest.raises((ModelError, ImageError), match=message.replace("merge_after", "split_after")):
+    with pytest.raises(ModelError, match=message.replace("merge_after", "split_after")):
         BinaryDecoder(**given, image_size=16)
+
+
+def test_the_size_of_a_decoder_must_be_one_it_draws():
+    for size, message in (([16, 24], "not a multiple of patch_size 16"), (112, "longer side of image_size must be an integer in 1..96")):
+        with pytest.raises(ModelError, match=message):
+            BinaryDecoder(4, 6, split_after=[1], image_size=size, **SMALL)
 
 
 # arithmetic ------------------------------------------------------------------------------------------------------

@@ -64,8 +64,9 @@ class BinaryDecoder(Decoder):
         self.tokens, self.dim, self.patch_size, self.size_limit = tokens, dim, patch_size, size_limit
         self.split_after = check_moves("split_after", split_after, depth)
         self.size_step = check_limit(size_limit, patch_size, len(self.split_after))
-        rows, cols = patch_grid(image_size, patch_size)
-        self.image_size = check_size((rows * patch_size, cols * patch_size), self.size_step, size_limit)
+        rows, cols = patch_grid(image_size, self.size_step)  # of coarse patches
+        check_range("the longer side of image_size", max(rows, cols) * self.size_step, 1, size_limit)
+        self.image_size = (rows * self.size_step, cols * self.size_step)
         self.blocks = rotary_blocks(width, depth, heads, mlp_ratio, self.norm)
         self.axes = rotary_axes(width // self.blocks[0].attn.heads)
         self.norm_in = self.norm(dim)
