@@ -32,7 +32,7 @@ def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
 
     Example:
         >>> square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-        >>> similarity_transform(square[None], square * 2 + 3)[0].tolist()
+        >>> similarity_transform(square[None], square * 2 + 3)[0].round(decimals=6).tolist()
         [[2.0, -0.0, 3.0], [0.0, 2.0, 3.0]]
     """
     z, w = torch.view_as_complex(source.double().contiguous()), torch.view_as_complex(target.double().contiguous())

@@ -28,7 +28,6 @@ from tok1d.licences import VARIABLE, LicenceNotice
 
 SIDE = 112
 INSIGHTFACE_LICENCE = "insightface-noncommercial"
-_WEIGHTS = ("DequantizeLinear", "Reshape", "Constant")  # operators that may only unpack weights
 _announced: set[str] = set()
 
 
@@ -116,7 +115,7 @@ class OnnxEmbedder:
         self.licence, self.threshold = licence, threshold
         model = read_onnx(path)
         # insightface's own rule: networks from MXNet begin with their normalisation, the others want it done before.
-        within = {"Sub", "Mul"} <= {n.op_type for n in [n for n in model.graph.node if n.op_type not in _WEIGHTS][:8]}
+        within = {"Sub", "Mul"} <= {n.op_type for n in [n for n in model.graph.node if n.op_type not in ("DequantizeLinear", "Reshape", "Constant")][:8]}
         self.mean, self.std = (0.0, 1.0) if within else (127.5, 127.5)
         entry = model.graph.input[0] if len(model.graph.input) == 1 else _data_input(model)
         shape = [d.dim_value for d in entry.type.tensor_type.shape.dim]
