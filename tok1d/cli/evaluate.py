@@ -288,12 +288,18 @@ def table(summary: dict[str, Any]) -> str:
             if name.startswith("features"):
                 extra += [f"{k} {v:.4g}" for k, v in found.items() if k.startswith(("fd_", "fid"))]
             elif name == "text" and "all" in found:
-                extra.append(f"T-ACC {found['all']['t_acc_raw']['micro']['mean'] or 0:.1%} T-NED {found['all']['t_ned_raw']['micro']['mean'] or 0:.1%} of {found['all']['n']} words")
+                extra.append(f"T-ACC {_mean(found['all']['t_acc_raw'], '.1%')} T-NED {_mean(found['all']['t_ned_raw'], '.1%')} of {found['all']['n']} words")
             elif name == "faces" and "f_sim" in found:
-                extra.append(f"F-Sim {found['f_sim']['micro']['mean'] or 0:.3f} of {found['n']} faces")
+                extra.append(f"F-Sim {_mean(found['f_sim'], '.3f')} of {found['n']} faces")
         rows.append([rate["rate"], f"{rate['ok']}/{rate['images']}", *cells, *extra])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(lines + ["  " + "  ".join(c.rjust(w) for c, w in zip(row, widths)) + "".join(f"  {e}" for e in row[len(widths) :]) for row in rows])
+
+
+def _mean(binned: dict[str, Any], form: str) -> str:
+    """Over all bins; ``-`` where nothing was measured."""
+    mean = binned["micro"]["mean"]
+    return "-" if mean is None else format(mean, form)
 
 
 def _nets(args: Namespace) -> Nets:

@@ -6,12 +6,11 @@ into the picture by a similarity, so landmarks are exact to the last digit. Noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tok1d.eval.manifest import Face
 
@@ -67,10 +66,8 @@ class Person:
     @staticmethod
     def draw_lots(rng: np.random.Generator) -> Person:
         """Somebody."""
-        skin = SKIN[rng.integers(len(SKIN))]
-        jitter = rng.integers(-10, 11, 3)
-        skin = tuple(int(v) for v in np.clip(np.array(skin) + jitter, 0, 255))
-        lips = tuple(int(v) for v in np.array(skin) * (0.80, 0.52, 0.50) + rng.integers(0, 20, 3))
+        skin = _colour(np.array(SKIN[rng.integers(len(SKIN))]) + rng.integers(-10, 11, 3))
+        lips = _colour(np.array(skin) * (0.80, 0.52, 0.50) + rng.integers(0, 20, 3))
         u = rng.uniform
         return Person(
             skin=skin, hair=HAIR[rng.integers(len(HAIR))], iris=IRIS[rng.integers(len(IRIS))], lips=lips,
@@ -79,6 +76,11 @@ class Person:
             mouth_y=u(0.44, 0.54), mouth=u(0.21, 0.32), lip=u(0.035, 0.07), smile=u(-0.02, 0.08),
             style=int(rng.choice(3, p=(0.55, 0.35, 0.1))), fringe=u(0.0, 0.22), glasses=bool(rng.random() < 0.2),
         )  # fmt: skip
+
+
+def _colour(values: ArrayLike) -> tuple[int, int, int]:
+    r, g, b = (int(v) for v in np.clip(np.asarray(values), 0, 255))
+    return r, g, b
 
 
 def oval(cx: float, cy: float, rx: float, ry: float, steps: int = 48) -> Points:
@@ -107,7 +109,7 @@ def landmarks(person: Person) -> Points:
     return np.array([(-p.eye_x, p.eye_y), (p.eye_x, p.eye_y), (0, p.nose), (-p.mouth, corner), (p.mouth, corner)])
 
 
-def draw_face(canvas: ImageDraw, person: Person, centre: Sequence[float], height: float, turn: float, size: int) -> Face:
+def draw_face(canvas: ImageDraw, person: Person, centre: ArrayLike, height: float, turn: float, size: int) -> Face:
     """Draw one face.
 
     Args:
@@ -125,11 +127,12 @@ def draw_face(canvas: ImageDraw, person: Person, centre: Sequence[float], height
     rotation = np.array([(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))]) * height / 2
 
     def place(points: Points) -> Points:
-        return points @ rotation + centre
+        placed: Points = points @ rotation + np.asarray(centre)
+        return placed
 
-    def fill(points: Points, colour: Sequence[int], alpha: int = 255) -> None:
+    def fill(points: Points, colour: ArrayLike, alpha: int = 255) -> None:
         # Pillow's coordinates name centres of pixels, ours their corners.
-        canvas.polygon([tuple(xy) for xy in place(points) * FINER - 0.5], fill=(*map(int, colour), alpha))
+        canvas.polygon([tuple(xy) for xy in place(points) * FINER - 0.5], fill=(*(int(c) for c in np.asarray(colour)), alpha))
 
     skin, dark = np.array(p.skin), np.array(p.skin) * 0.78
     shape = outline(p)
@@ -166,12 +169,12 @@ def draw_face(canvas: ImageDraw, person: Person, centre: Sequence[float], height
     fill(oval(0, p.nose, p.nose_width * 0.55, 0.06), np.minimum(255, skin * 1.06))
     for side in (-1, 1):
         fill(oval(side * p.nose_width * 0.5, p.nose + 0.06, 0.028, 0.018), dark * 0.45)
-    x = np.linspace(-1, 1, 17)
-    middle = p.mouth_y - p.smile * np.abs(x) ** 2
-    upper = middle - p.lip * (1 - x**2) * (1 - 0.35 * np.exp(-((x / 0.22) ** 2)))
-    lower = middle + 1.4 * p.lip * (1 - x**2)
-    line = np.stack([x * p.mouth, middle], -1)
-    fill(np.concatenate([np.stack([x * p.mouth, upper], -1), np.stack([x * p.mouth, lower], -1)[::-1]]), p.lips)
+    t = np.linspace(-1, 1, 17)
+    middle = p.mouth_y - p.smile * np.abs(t) ** 2
+    upper = middle - p.lip * (1 - t**2) * (1 - 0.35 * np.exp(-((t / 0.22) ** 2)))
+    lower = middle + 1.4 * p.lip * (1 - t**2)
+    line = np.stack([t * p.mouth, middle], -1)
+    fill(np.concatenate([np.stack([t * p.mouth, upper], -1), np.stack([t * p.mouth, lower], -1)[::-1]]), p.lips)
     fill(_band(line, -0.009, 0.009), np.array(p.lips) * 0.5)
     if p.glasses:
         for side in (-1, 1):

@@ -209,7 +209,8 @@ class Manifest:
         head, rows = (read_parquet if path.suffix == ".parquet" else read_jsonl)(path)
         if not isinstance(head, dict) or head.get("manifest") != VERSION:
             raise TokError(f'{path}: not a manifest of version {VERSION}; its header should be {{"manifest": {VERSION}, "name": …}}, got {str(head)[:80]}')
-        samples, lines = [], {}
+        samples: list[Sample] = []
+        lines: dict[str, int] = {}
         for at, row in rows:
             where = f"{path}: {'line' if path.suffix == '.jsonl' else 'row'} {at}"
             try:

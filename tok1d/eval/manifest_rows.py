@@ -79,10 +79,10 @@ def _face(item: Any, width: int, height: int, where: str) -> Face:
     box = None if item.get("box") is None else _box(item["box"], f"{where}.box")
     person = None if item.get("person") is None else _text(item["person"], f"{where}.person")
     if "scale" in item:
-        return Face(kps, _scale(item["scale"], where), box, person)  # type: ignore[arg-type]
+        return Face(kps, _scale(item["scale"], where), box, person)
     if box is None or not width:
         raise ValueError(f"{where} has no scale; it follows from a box and the width and height of the image, of which one is missing")
-    return Face(kps, max(box[2] - box[0], box[3] - box[1]) / max(width, height), box, person)  # type: ignore[arg-type]
+    return Face(kps, max(box[2] - box[0], box[3] - box[1]) / max(width, height), box, person)
 
 
 def _known(item: Any, names: Any, where: str) -> None:

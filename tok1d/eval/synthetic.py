@@ -225,7 +225,7 @@ def _ink(value: str, pitch: float) -> tuple[NDArray[np.float64], float, float]:
     x0, y0, x1, y1 = font.getbbox(value)
     large = Image.new("L", (math.ceil(x1 - x0) + 16, math.ceil(y1 - y0) + 16))
     ImageDraw.Draw(large).text((8 - x0, 8 - y0), value, fill=255, font=font)
-    left, top, right, bottom = large.getbbox()
+    left, top, right, bottom = large.getbbox() or (0, 0, 1, 1)  # no word is without ink
     shrink = (right - left) / (pitch * len(value))
     width, height = (right - left) / shrink, (bottom - top) / shrink
     columns, rows = math.ceil(width - 1e-6), math.ceil(height - 1e-6)
