@@ -17,3 +17,9 @@ def test_links_between_documents_lead_somewhere():
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
             assert (document.parent / target).exists(), f"{document.name} points to {target}"
+
+
+def test_the_tables_of_the_evaluation_are_those_of_its_results():
+    from benchmarks import evaluation_tables
+
+    assert evaluation_tables.main(check=True) == 0, "docs/evaluation.md is out of date: python -m benchmarks.evaluation_tables"
