@@ -222,10 +222,3 @@ class Features(Measure):
         if len(state.get(f"{rate}/logits", ())):
             row["inception_score"] = inception_score(state[f"{rate}/logits"])[0]
         return row
-
-
-def default_measures(device: str = "cpu", perceptual: Sequence[str] = ("lpips_vgg", "lpips_alex", "dists")) -> list[Measure]:
-    """Those that need no data of their own: pixels, perceptual distances and codes."""
-    from tok1d.eval.codebook import Codes
-
-    return [Pixels(), Perceptuals(perceptual, device), Codes()]
