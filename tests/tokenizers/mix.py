@@ -69,6 +69,8 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "TailDrop uniform": {"distribution": "uniform"},
     "TailDrop powers_of_two": {"distribution": "powers_of_two", "per_sample": False},
     "TailDrop log_uniform": {"distribution": "log_uniform", "full": 0.2},
+    "NormalDrop": {"mean": 2.0, "sd": 1.0},
+    "ZipfDrop": {"exponent": 1.5, "per_sample": False},
 }
 TABLES = {Encoder: ENCODERS, Quantizer: QUANTIZERS, Decoder: DECODERS, LengthRule: LENGTHS}
 
