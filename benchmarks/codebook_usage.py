@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     draws = [(i, i * args.views + v) for i in range(len(photos)) for v in range(args.views)]
     ids = []
     for start in range(0, len(draws), args.batch_size):
-        ids.append(model.encode(torch.stack([photos[d] for d in draws[start : start + args.batch_size]])).data)
+        ids.append(model.encode(torch.stack([photos[d]["image"] for d in draws[start : start + args.batch_size]])).data)
         if start // args.batch_size % 20 == 0:
             say(f"{start} of {len(draws)} crops")
     book = getattr(model.quantizer, "book", torch.zeros(model.max_tokens, dtype=torch.int64))

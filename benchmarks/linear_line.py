@@ -82,7 +82,7 @@ def crops(photos: Photos, views: int, batch: int = 64) -> Iterable[Tensor]:
     for number, start in enumerate(range(0, len(order), batch)):
         if number % 50 == 0:
             say(f"statistics: {start} of {len(order)} crops")
-        yield torch.stack([photos[int(i) % len(photos), int(i)] for i in order[start : start + batch]]).float() / 255
+        yield torch.stack([photos[int(i) % len(photos), int(i)]["image"] for i in order[start : start + batch]]).float() / 255
 
 
 def fit(batches: Iterable[Tensor]) -> Stats:

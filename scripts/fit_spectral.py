@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     def batches() -> Iterator[Tensor]:
         order = np.random.default_rng(args.seed).permutation(len(pictures) * args.views)
         for chunk in np.array_split(order, max(1, len(order) // 64)):
-            yield torch.stack([pictures[int(i) % len(pictures), int(i)] for i in chunk]).float() / 255
+            yield torch.stack([pictures[int(i) % len(pictures), int(i)]["image"] for i in chunk]).float() / 255
 
     errors = fit_spectral(tokenizer, batches(), own_books=args.own_books, refresh=args.refresh, seed=args.seed)
     for k in (2**i for i in range(len(errors).bit_length())):

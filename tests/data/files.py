@@ -11,7 +11,7 @@ from tok1d.image_io import to_bytes
 def encoded(count: int, size: int = 24, suffix: str = ".png", seed: int = 0) -> dict[str, bytes]:
     """File name → bytes of ``count`` drawn images; heights differ from widths."""
     images = DrawnImages(count, size, seed)
-    return {f"{i:03d}{suffix}": to_bytes(images[i][:, : size - i % 3], suffix) for i in range(count)}
+    return {f"{i:03d}{suffix}": to_bytes(images[i]["image"][:, : size - i % 3], suffix) for i in range(count)}
 
 
 def folder(path: Path, files: dict[str, bytes]) -> Path:

@@ -27,7 +27,7 @@ def attach(data: PhotoData, processed: int = 0, rank: int = 0, ranks: int = 1) -
 
 
 def first(data: PhotoData, batches: int) -> torch.Tensor:
-    return torch.stack([batch for batch, _ in zip(data.train_dataloader(), range(batches))])
+    return torch.stack([batch["image"] for batch, _ in zip(data.train_dataloader(), range(batches))])
 
 
 def test_every_sample_once_an_epoch():
@@ -73,8 +73,8 @@ def test_validation_is_spread_and_shared(tmp_path):
     whole = attach(PhotoData([path], [path], size=16, val_images=5, val_batch_size=2))
     assert [s[0] for s in whole.val_set.samples] == ["000.png", "002.png", "004.png", "006.png", "008.png"]
     shares = [attach(PhotoData([path], [path], size=16, val_images=5, val_batch_size=9), rank=r, ranks=2) for r in range(2)]
-    parts = [torch.cat(list(share.val_dataloader())) for share in shares]
-    everything = torch.cat(list(whole.val_dataloader()))
+    parts = [torch.cat([b["image"] for b in share.val_dataloader()]) for share in shares]
+    everything = torch.cat([b["image"] for b in whole.val_dataloader()])
     assert torch.equal(everything[0::2], parts[0]) and torch.equal(everything[1::2], parts[1])
     assert attach(PhotoData([path], size=16)).val_dataloader() == []
 
@@ -92,7 +92,8 @@ def test_impossible_settings(wrong):
 
 def test_drawn_images():
     images = DrawnImages(3, 16, seed=4)
-    assert len(list(images)) == 3 and images[2].dtype == torch.uint8
-    assert torch.equal(images[1], DrawnImages(9, 16, seed=4)[1, 77]) and not torch.equal(images[0], images[1])
+    assert len(list(images)) == 3 and images[2]["image"].dtype == torch.uint8 and images[2]["key"] == "000002"
+    view = images[1]["image"]
+    assert torch.equal(view, DrawnImages(9, 16, seed=4)[1, 77]["image"]) and not torch.equal(images[0]["image"], view)
     data = attach(DrawnData(images=4, val_images=2, size=16, batch_size=2))
     assert first(data, 2).shape == (2, 2, 3, 16, 16) and len(data.val_set) == 2

@@ -112,7 +112,7 @@ def test_decoding_is_that_of_the_package():
 def test_tiny_images_fill_the_view(tmp_path, size):
     path = folder(tmp_path, {"a.png": picture("RGB", size, (10, 200, 30))})
     for area in (None, (0.2, 1.0)):
-        view = Photos(index_images([path]), 16, area)[0, 3]
+        view = Photos(index_images([path]), 16, area)[0, 3]["image"]
         assert view.shape == (3, 16, 16) and view.dtype == torch.uint8
         assert (view.flatten(1).float().mean(1) - torch.tensor([10.0, 200.0, 30.0])).abs().max() < 1
 
@@ -140,12 +140,12 @@ def test_views_follow_from_seed_and_draw(tmp_path):
     samples = index_images([folder(tmp_path, encoded(3))])
     one, two = Photos(samples, 16, (0.3, 1.0), seed=1), Photos(samples, 16, (0.3, 1.0), seed=1, cache=True)
     for pair in ((0, 5), (2, 5), (0, 6), (0, 5)):
-        assert torch.equal(one[pair], two[pair])
-    assert not torch.equal(one[0, 5], one[0, 6])
-    assert not torch.equal(one[0, 5], Photos(samples, 16, (0.3, 1.0), seed=2)[0, 5])
+        assert torch.equal(one[pair]["image"], two[pair]["image"])
+    assert not torch.equal(one[0, 5]["image"], one[0, 6]["image"])
+    assert not torch.equal(one[0, 5]["image"], Photos(samples, 16, (0.3, 1.0), seed=2)[0, 5]["image"])
     for file in tmp_path.iterdir():
         file.unlink()
-    assert torch.equal(two[0, 5], two[0, 5]), "cached images need no file"
+    assert torch.equal(two[0, 5]["image"], two[0, 5]["image"]), "cached images need no file"
 
 
 def test_broken_samples_are_counted_named_and_skipped(tmp_path, caplog):
@@ -156,7 +156,9 @@ def test_broken_samples_are_counted_named_and_skipped(tmp_path, caplog):
         views = [photos[i] for i in range(6)] + [photos[i] for i in range(6)]
     assert photos.broken.tolist() == [False, True, False, True, True, False]
     assert len(caplog.records) == 3 and "skipping 004" in caplog.text and "3 broken so far" in caplog.text
-    assert torch.equal(views[1], views[2]) and torch.equal(views[3], views[5]) and torch.equal(views[4], views[5])
+    assert [v["key"] for v in views[:6]] == ["000", "002", "002", "005", "005", "005"]
+    images = [v["image"] for v in views]
+    assert torch.equal(images[1], images[2]) and torch.equal(images[3], images[5]) and torch.equal(images[4], images[5])
 
 
 def test_a_set_of_broken_images_is_an_error(tmp_path):

@@ -103,7 +103,7 @@ def test_zigzag_takes_low_frequencies_once():
 
 def test_untrained_decoder_is_the_linear_picture():
     encoder, decoder = SpectralEncoder(48, 4, 8, (32, 32)), SpectralDecoder(48, 4, 8, (32, 32), widths=(8,) * 5, blocks=(1,) * 5)
-    image = DrawnImages(1, 32)[0][None].float() / 255
+    image = DrawnImages(1, 32)[0]["image"][None].float() / 255
     errors = [(decoder(encoder(image)[:, :n]) - image).square().mean().item() for n in (1, 12, 48)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02
 
@@ -122,7 +122,7 @@ def test_window_is_a_piece_of_the_whole():
 
 def test_autocast_leaves_the_spectrum_in_float32():
     tokenizer = Tokenizer1D.from_config(CONFIG).eval()
-    image = DrawnImages(1, 32)[0][None].float() / 255
+    image = DrawnImages(1, 32)[0]["image"][None].float() / 255
     exact = tokenizer.encoder(image)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tokenizer.encoder(image), exact)
@@ -181,7 +181,7 @@ def spectral(tokens: int = 8, books: int = 8, vocab: int = 16) -> Tokenizer1D:
 def batches(count: int = 96):
     images = DrawnImages(count, 32)
     for start in range(0, count, 32):
-        yield torch.stack([images[i] for i in range(start, start + 32)]).float() / 255
+        yield torch.stack([images[i]["image"] for i in range(start, start + 32)]).float() / 255
 
 
 def test_fit_makes_every_prefix_better():
@@ -189,7 +189,7 @@ def test_fit_makes_every_prefix_better():
     errors = fit_spectral(tokenizer, batches(), own_books=8, steps=4)
     assert len(errors) == 8 and all(a > b for a, b in zip(errors, errors[1:]))
     images = next(batches())
-    held_out = torch.stack([DrawnImages(8, 32, seed=9)[i] for i in range(8)]).float() / 255
+    held_out = torch.stack([DrawnImages(8, 32, seed=9)[i]["image"] for i in range(8)]).float() / 255
     for batch in (images, held_out):
         left = [(tokenizer(batch, torch.full((len(batch),), k)).reconstruction - batch).square().mean() for k in (1, 2, 4, 8)]
         assert all(a > b for a, b in zip(left, left[1:]))

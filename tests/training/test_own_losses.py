@@ -90,7 +90,7 @@ def test_residual_scales_are_validated_by_prefixes_of_tokens(tmp_path):
     values = validated(task, tmp_path)
     data = DrawnData(images=8, val_images=3, size=16, batch_size=4)
     data.setup("fit")
-    images = torch.stack([data.val_set[i] for i in range(3)]).float() / 255
+    images = torch.stack([data.val_set[i]["image"] for i in range(3)]).float() / 255
     tokenizer = tiny.Done(task, None, None, None, tmp_path / "last.ckpt").checkpoint()
     model = scales()
     model.load_state_dict({k.removeprefix("tokenizer."): v for k, v in tokenizer["state_dict"].items()})

@@ -127,8 +127,8 @@ def test_photos_from_a_shard_and_a_folder_with_one_broken(tmp_path, caplog):
     shard = Photos(index_images([tmp_path / "shard.tar"]), 32, (0.5, 1.0), seed=1)
     assert len(plain) == len(shard) == 5
     for i in range(5):
-        assert torch.equal(plain[i, 7], shard[i, 7])
-    assert not torch.equal(plain[0, 7], plain[0, 8])  # the draw number decides the crop
+        assert torch.equal(plain[i, 7]["image"], shard[i, 7]["image"])
+    assert not torch.equal(plain[0, 7]["image"], plain[0, 8]["image"])  # the draw number decides the crop
     assert int(sum(plain.broken)) == 1 and "3" in caplog.text
 
 

@@ -67,7 +67,7 @@ class Recorder(lightning.Callback):
     def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.crash_at:
             raise RuntimeError("power cut")
-        self.batches.append(batch.double().sum().item())
+        self.batches.append(batch["image"].double().sum().item())
 
     def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(outputs["loss"].item())
@@ -105,6 +105,7 @@ class Setup:
         keep = ModelCheckpoint(self.folder, every_n_train_steps=self.save_every, save_last=True, monitor=None)
         options: dict[str, Any] = {"gradient_clip_val": 1.0, "limit_val_batches": 0, **self.options}
         trainer = lightning.Trainer(
+            default_root_dir=self.folder,
             accelerator="cpu",
             devices=1,
             max_steps=self.steps,

@@ -1,13 +1,14 @@
 """Images drawn by formula: a gradient, discs and bars. No files, no network; for tests and debug configurations.
 
-Shapes: images are uint8 (3, size, size).
+Shapes: a sample is ``image``, uint8 (3, size, size), and ``key``, its number.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 
@@ -20,7 +21,7 @@ class DrawnImages(Dataset):
         seed: another seed, other images.
 
     Example:
-        >>> DrawnImages(4, 32)[0].shape
+        >>> DrawnImages(4, 32)[0]["image"].shape
         torch.Size([3, 32, 32])
     """
 
@@ -30,7 +31,7 @@ class DrawnImages(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Tensor:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         index = index[0] if isinstance(index, tuple) else index
         if not 0 <= index < self.count:
             raise IndexError(f"{index} of {self.count} images")
@@ -44,4 +45,4 @@ class DrawnImages(Dataset):
             disc = (x - cx) ** 2 + (y - cy) ** 2 < r * r
             bar = (abs(x - cx) < r) & (abs(y - cy) < r / 2)
             image = np.where(disc if rng.random() < 0.5 else bar, colour[:, None, None], image)
-        return torch.from_numpy((image * 255).round().clip(0, 255).astype(np.uint8))
+        return {"image": torch.from_numpy((image * 255).round().clip(0, 255).astype(np.uint8)), "key": f"{index:06d}"}

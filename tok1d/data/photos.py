@@ -4,7 +4,7 @@ A shard is indexed once (offsets of its image members) and samples are read by s
 function of seed and step: an interrupted run continues with exactly the samples it would have seen. Small sets can be
 kept decoded in memory. Broken images are counted and skipped in favour of the next sample, never silently.
 
-Shapes: images are uint8, (H, W, 3) as read and (3, size, size) as served.
+Shapes: images are uint8, (H, W, 3) as read. A sample is ``image``, (3, size, size), and ``key``, its name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ class Photos(Dataset):
             self._cache[index] = image
         return image
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Tensor:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         index, draw = index if isinstance(index, tuple) else (index, index)
         if not 0 <= index < len(self.samples):
             raise IndexError(f"{index} of {len(self.samples)} images")
@@ -165,5 +166,7 @@ class Photos(Dataset):
         else:
             raise ImageError(f"none of the {len(self.samples)} images can be read, {self.samples[0][1]} first among them")
         if self.area is None:
-            return centre_crop(image, self.size)
-        return random_resized_crop(image, self.size, self.area, np.random.default_rng((self.seed, draw)))
+            view = centre_crop(image, self.size)
+        else:
+            view = random_resized_crop(image, self.size, self.area, np.random.default_rng((self.seed, draw)))
+        return {"image": view, "key": self.samples[at][0]}

@@ -16,13 +16,23 @@ from torch import Tensor, nn
 from tok1d.errors import ModelError, TokenError
 from tok1d.tokenizers.border import Border, per_row
 from tok1d.tokenizers.fitting import check_parts
-from tok1d.tokenizers.folder import CONFIG_NAME, chunks_of, fingerprint, plain_state, read_folder, write_folder
+from tok1d.tokenizers.folder import (
+    CONFIG_NAME,
+    HALTING,
+    chunks_of,
+    fingerprint,
+    plain_state,
+    read_folder,
+    split_state,
+    write_folder,
+)
+from tok1d.tokenizers.halting import HaltingHead, check_head
 from tok1d.tokenizers.lengths import FixedLength, LengthRule
 from tok1d.tokenizers.part import Decoder, Encoder, Quantizer, QuantizerOutput, build_part, token_mask
 from tok1d.tokens import TokenSequence
 
 if TYPE_CHECKING:
-    from tok1d.tokenizers.budget import Budget
+    from tok1d.tokenizers.budget import Auto, Budget
 
 
 @dataclass
@@ -35,6 +45,9 @@ class TokenizerOutput:
         lengths: int64 (B,) tokens kept of each image.
         losses: unweighted scalar losses of the quantizer, and of the decoder if it has its own, by log name.
         stats: detached scalars for logging.
+        z: float (B, N, D) latents before the quantizer.
+        q: float32 (B, N, C) codes.
+        mask: bool (B, N) which latents were kept, None for all of them.
     """
 
     reconstruction: Tensor | None
@@ -42,6 +55,9 @@ class TokenizerOutput:
     lengths: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
+    z: Tensor | None = None
+    q: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Tokenizer1D(Border, nn.Module):
@@ -53,6 +69,7 @@ class Tokenizer1D(Border, nn.Module):
         lengths: length rule; ``FixedLength()`` if None.
         image_size: (height, width) the model works at.
         name: shown in messages, files and cards.
+        halting: says how many tokens an image needs (``tokens="auto"``); models may go without.
 
     Example:
         >>> import tok1d, torch
@@ -70,6 +87,7 @@ class Tokenizer1D(Border, nn.Module):
         lengths: LengthRule | None = None,
         image_size: tuple[int, int] = (256, 256),
         name: str = "tokenizer",
+        halting: HaltingHead | None = None,
     ) -> None:
         super().__init__()
         self.image_size = (int(image_size[0]), int(image_size[1]))
@@ -78,6 +96,9 @@ class Tokenizer1D(Border, nn.Module):
         decoder.attach(encoder)
         self.lengths = FixedLength() if lengths is None else lengths
         self.name = name
+        self.halting = halting
+        if halting is not None:
+            check_head(self)
         self._model_id: int | None = None
 
     # what it is --------------------------------------------------------------------------------------------------
@@ -125,7 +146,7 @@ class Tokenizer1D(Border, nn.Module):
         """64-bit id of configuration and weights; .tok files carry it so that a foreign file is noticed."""
         if self._model_id is not None:
             return self._model_id
-        model_id = fingerprint(self.to_config(), chunks_of(plain_state(self)))
+        model_id = fingerprint(self.to_config(), chunks_of(split_state(plain_state(self))[0]))
         if not self.training:
             self._model_id = model_id
         return model_id
@@ -140,26 +161,30 @@ class Tokenizer1D(Border, nn.Module):
 
     @torch.inference_mode()
     def encode(
-        self, images: Tensor, tokens: int | Budget | None = None, *, policy: str = "none"
+        self, images: Tensor, tokens: int | Budget | Auto | str | None = None, *, policy: str = "none"
     ) -> TokenSequence:
         """Images to tokens.
 
         Args:
             images: float (B, 3, H, W) or (3, H, W) in [0, 1], or uint8 in 0..255.
-            tokens: how many to keep; None for all, or a :class:`tok1d.tokenizers.budget.Budget` (quality or byte target).
+            tokens: how many to keep; None for all, a :class:`tok1d.tokenizers.budget.Budget` (quality or byte target, searched
+                for), or ``"auto"`` for the number that the halting head of this model says is enough, for the quality stored with
+                it (:class:`tok1d.tokenizers.budget.Auto` for another).
             policy: what to do with another size than ``image_size``: ``none`` (refuse), ``resize``, ``crop``, ``pad``, ``tile``.
                 The original size is recorded and undone by :meth:`decode`. A model of any size takes allowed sizes as they
                 are with ``none``.
 
         Returns:
-            TokenSequence with ids (B, n); for a budget, per-image lengths.
+            TokenSequence with ids (B, n); for a budget or ``"auto"``, per-image lengths.
 
         Raises:
             ImageError: wrong size with ``policy="none"``, wrong shape, or NaN.
-            TokenError: a number of tokens this model does not make.
+            TokenError: a number of tokens this model does not make, or ``"auto"`` and it has no halting head.
         """
         from tok1d.image_io import fit
 
+        if isinstance(tokens, str):
+            tokens = self._check_word(tokens)
         if not self.is_discrete:
             raise TokenError(f"{self.name} has a continuous bottleneck and no token ids; use encode_latents()")
         keep = self._check_tokens(tokens) if isinstance(tokens, int) else self.max_tokens
@@ -314,7 +339,8 @@ class Tokenizer1D(Border, nn.Module):
             lengths = self.lengths.sample(batch, self.max_tokens) if self.training else full
         # Questions about lengths that were drawn on the CPU are answered there: the GPU is never waited for.
         mask = token_mask(lengths, self.max_tokens)
-        output = self.quantizer(self.encoder(images), None if mask is None else mask.to(device))
+        z = self.encoder(images)
+        output = self.quantizer(z, None if mask is None else mask.to(device))
         if self.quantizer.whole:
             q, given = output.q.to(self.dtype), None
         else:
@@ -327,7 +353,8 @@ class Tokenizer1D(Border, nn.Module):
         else:
             size = tuple(images.shape[-2:]) if self.any_size else None
             reconstruction = self.decoder(q, given, **self._check_options({"window": window, "size": size, "text": text}))
-        return TokenizerOutput(reconstruction, output.ids, lengths.to(device), losses, output.stats)
+        kept = None if mask is None or self.quantizer.whole else mask.to(device)
+        return TokenizerOutput(reconstruction, output.ids, lengths.to(device), losses, output.stats, z, output.q, kept)
 
     # disk --------------------------------------------------------------------------------------------------------
 
@@ -341,6 +368,7 @@ class Tokenizer1D(Border, nn.Module):
             "quantizer": self.quantizer.to_config(),
             "decoder": self.decoder.to_config(),
             "lengths": self.lengths.to_config(),
+            **({} if self.halting is None else {HALTING: self.halting.to_config()}),
         }
 
     @classmethod
@@ -362,6 +390,7 @@ class Tokenizer1D(Border, nn.Module):
             lengths=build_part(config.get("lengths"), LengthRule),  # type: ignore[arg-type]
             image_size=(size[0], size[1]),
             name=str(config.get("name", "tokenizer")),
+            halting=build_part(config[HALTING], HaltingHead) if HALTING in config else None,  # type: ignore[arg-type]
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tok1d.extras import require
+from tok1d.training.ranks import gather
 
 lightning = require("lightning", "train")
 
@@ -45,14 +46,15 @@ class Throughput(lightning.Callback):
             values = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             _say(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
-    def on_train_batch_start(self, trainer: Any, task: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, task: Any, batch: dict[str, Any], batch_idx: int) -> None:
         self._wait += time.perf_counter() - self._ended
 
-    def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         now = time.perf_counter()
         self.seconds += now - self._ended
-        self.images += len(batch) * trainer.world_size
-        self._count += len(batch) * trainer.world_size
+        images = len(batch["image"]) * trainer.world_size
+        self.images += images
+        self._count += images
         self._ended = now
         if (batch_idx + 1) % self.every == 0 and now > self._start:
             rate, wait = self._count / (now - self._start), self._wait / (now - self._start)
@@ -90,13 +92,13 @@ class ReconstructionGrid(lightning.Callback):
     # at the batch, not at the end of the validation: averaging callbacks put the other weights back there
     @torch.no_grad()
     def on_validation_batch_end(
-        self, trainer: Any, task: Any, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Any, task: Any, outputs: Any, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx or not trainer.is_global_zero or trainer.sanity_checking or trainer.fast_dev_run or trainer.log_dir is None:
             return
         from tok1d.image_io import write
 
-        images = batch[: self.images]
+        images = batch["image"][: self.images]
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         grid = reconstruction_grid(task.tokenizer, images, self.tokens, task.sampling())
         folder = Path(trainer.log_dir) / "grids"
@@ -132,8 +134,8 @@ class CodebookUsage(lightning.Callback):
     """Log the share of ids ever used and their perplexity over each validation run, over all positions and per position.
 
     ``val/usage`` (share of the vocabulary seen), ``val/perplexity`` (2 to the entropy of the pooled histogram) and
-    ``val/position_entropy`` (mean over positions of the entropy in bits; at most log2 of the images seen). Several ranks
-    log the mean of what each saw. Bottlenecks without ids log nothing.
+    ``val/position_entropy`` (mean over positions of the entropy in bits; at most log2 of the images seen). Ids of
+    all ranks count, however they are spread. Bottlenecks without ids log nothing.
     """
 
     def __init__(self) -> None:
@@ -143,16 +145,17 @@ class CodebookUsage(lightning.Callback):
         self._ids = []
 
     def on_validation_batch_end(
-        self, trainer: Any, task: Any, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Any, task: Any, outputs: Any, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         ids = outputs.get("ids") if isinstance(outputs, dict) else None
         if ids is not None:
             self._ids.append(ids.cpu())
 
     def on_validation_epoch_end(self, trainer: Any, task: Any) -> None:
-        if not self._ids:
+        found = [ids for ids in gather(torch.cat(self._ids) if self._ids else None) if ids is not None]
+        if not found:
             return
-        ids = torch.cat(self._ids)
+        ids = torch.cat(found)
         _, pooled = ids.unique(return_counts=True)
         positions = torch.stack([entropy_bits(ids[:, t].unique(return_counts=True)[1]) for t in range(ids.shape[1])])
         values = {
@@ -160,7 +163,7 @@ class CodebookUsage(lightning.Callback):
             "perplexity": 2 ** entropy_bits(pooled).item(),
             "position_entropy": positions.mean().item(),
         }
-        task.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+        task.log_dict({f"val/{name}": value for name, value in values.items()})
 
 
 def entropy_bits(counts: Tensor) -> Tensor:

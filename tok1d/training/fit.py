@@ -96,12 +96,12 @@ def _cli_class() -> Any:
 
     from tok1d.data.module import PhotoData
     from tok1d.training.checkpoints import SafeCheckpointIO, SaveOnStop
-    from tok1d.training.tasks import ReconstructionTask
+    from tok1d.training.tasks import TokenizerTask
 
     class Run(LightningCLI):
         def __init__(self, arguments: list[str], saver: SaveOnStop) -> None:
             super().__init__(
-                ReconstructionTask,
+                TokenizerTask,
                 PhotoData,
                 subclass_mode_model=True,
                 subclass_mode_data=True,

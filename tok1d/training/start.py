@@ -1,0 +1,58 @@
+"""Start a training from the weights of another model."""
+
+from __future__ import annotations
+
+import logging
+
+from tok1d import hub
+from tok1d.errors import ModelError, TokError
+from tok1d.tokenizers.tokenizer import Tokenizer1D
+
+log = logging.getLogger(__name__)
+PARTS = ("encoder", "quantizer", "decoder")
+
+
+def start_from(tokenizer: Tokenizer1D, source: str) -> None:
+    """Copy weights in place; what the source lacks keeps its initial values, with a warning.
+
+    Args:
+        tokenizer: what will be trained.
+        source: whatever :func:`tok1d.load` takes: a shipped name, a model folder, an id on the hub, published weights.
+
+    Raises:
+        ModelError: the source cannot be loaded, or its parts are others than those of ``tokenizer``.
+    """
+    try:
+        found = hub.load(source)
+    except TokError as error:
+        raise ModelError(f"init_from {source}: cannot be loaded: {error}") from error
+    here, there = tokenizer.state_dict(), found.state_dict()
+    foreign = sorted(there.keys() - here.keys())
+    reshaped = sorted(k for k in there.keys() & here.keys() if there[k].shape != here[k].shape)
+    if foreign or reshaped:
+        raise ModelError(f"init_from {source}: the weights do not fit this tokenizer: {_difference(tokenizer, found, reshaped, foreign)}")
+    missing = sorted(here.keys() - there.keys())
+    if missing:
+        log.warning("init_from %s lacks %d tensors, which start untrained: %s …", source, len(missing), ", ".join(missing[:3]))
+    if other := _settings(tokenizer, found):
+        log.warning("init_from %s fits, but %s; here the settings of this configuration hold", source, "; ".join(other))
+    tokenizer.load_state_dict(there, strict=False)
+
+
+def _difference(tokenizer: Tokenizer1D, found: Tokenizer1D, reshaped: list[str], foreign: list[str]) -> str:
+    """Settings of parts that differ, and an example among the tensors."""
+    name = (reshaped or foreign)[0]
+    shape = tuple(found.state_dict()[name].shape)
+    example = f"{name} is {shape} there" + (f" and {tuple(tokenizer.state_dict()[name].shape)} here" if reshaped else " and does not exist here")
+    return "; ".join([*_settings(tokenizer, found), example]) + ". Take the parts from the configuration of that model, or another source"
+
+
+def _settings(tokenizer: Tokenizer1D, found: Tokenizer1D) -> list[str]:
+    """What the configurations of the parts say differently, a sentence for each part."""
+    lines = []
+    for part in PARTS:
+        here, there = getattr(tokenizer, part).to_config(), getattr(found, part).to_config()
+        names = ["class"] if here["class"] != there["class"] else [k for k in there if here.get(k) != there[k]]
+        if names:
+            lines.append(f"its {part} has " + ", ".join(f"{k} {there[k]} (here {here.get(k)})" for k in names))
+    return lines
