@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class Throughput(lightning.Callback):
         self._restart()
         if trainer.is_global_zero and trainer.progress_bar_callback is None and not trainer.sanity_checking:
             values = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            _say(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            names = sorted(values, key=lambda name: not name.startswith("val/psnr"))  # what one looks for first
+            _say(f"step {trainer.global_step}: " + ", ".join(f"{name} {values[name]:.4g}" for name in names))
 
     def on_train_batch_start(self, trainer: Any, task: Any, batch: dict[str, Any], batch_idx: int) -> None:
         self._wait += time.perf_counter() - self._ended
@@ -100,7 +102,8 @@ class ReconstructionGrid(lightning.Callback):
 
         images = batch["image"][: self.images]
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        grid = reconstruction_grid(task.tokenizer, images, self.tokens, task.sampling())
+        few = {name: values[: len(images)] for name, values in batch.items() if len(values) == len(batch["image"])}
+        grid = reconstruction_grid(task.tokenizer, images, self.tokens, lambda q: task.pictures(q, {**few, "image": images}))
         folder = Path(trainer.log_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / f"step-{trainer.global_step:07d}.png", grid)
@@ -110,7 +113,7 @@ class ReconstructionGrid(lightning.Callback):
 
 
 def reconstruction_grid(
-    tokenizer: Any, images: Tensor, tokens: tuple[int, ...], sampling: dict[str, Any] | None = None
+    tokenizer: Any, images: Tensor, tokens: tuple[int, ...], pictures: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """Originals above their reconstructions.
 
@@ -118,7 +121,7 @@ def reconstruction_grid(
         tokenizer: a Tokenizer1D.
         images: float (B, 3, H, W) in [0, 1].
         tokens: counts for nested tokenizers; those above the maximum are left out.
-        sampling: options of the decoder.
+        pictures: float (B, n, D) codes → float (B, 3, H, W); the decoder with its defaults if None.
 
     Returns:
         Float (3, rows · H, B · W): a row of originals and one for each number of tokens.
@@ -126,7 +129,7 @@ def reconstruction_grid(
     counts = [k for k in tokens if k <= tokenizer.max_tokens] if tokenizer.is_nested else [tokenizer.max_tokens]
     code = tokenizer.quantizer(tokenizer.encode_latents(images))
     codes = [tokenizer.prefix_codes(code, k) for k in counts]
-    rows = [images, *(tokenizer.decode_latents(q, **(sampling or {})).float().clamp(0, 1) for q in codes)]
+    rows = [images, *((pictures or tokenizer.decode_latents)(q).float().clamp(0, 1) for q in codes)]
     return torch.cat([torch.cat(list(row), 2) for row in rows], 1).cpu()
 
 
