@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tok1d.errors import ModelError
-from tok1d.sources import CONFIG, INDEX, OUR_WEIGHTS, STANDARD_WEIGHTS, SUFFIXES, HubName, only, shard_names
+from tok1d.sources import CONFIG, INDEX, OUR_HEAD, OUR_WEIGHTS, STANDARD_WEIGHTS, SUFFIXES, HubName, only, shard_names
 
 CARD = "README.md"
 
@@ -74,7 +74,9 @@ class _Fetch:
                 continue
             if name == INDEX:
                 self.shards(path)
-            self.file(CONFIG)
+            config = self.file(CONFIG)
+            if name == OUR_WEIGHTS and config is not None and b'"halting"' in config.read_bytes():
+                self.file(OUR_HEAD)
             self.file(CARD)
             return path.parent
         single = self.only_weights()

@@ -11,6 +11,7 @@ from tok1d.errors import ModelError
 
 CONFIG = "config.json"
 OUR_WEIGHTS = "diffusion_pytorch_model.safetensors"
+OUR_HEAD = "halting.safetensors"  # beside it, if config.json has a part "halting"
 OUR_FILES = (CONFIG, OUR_WEIGHTS)
 INDEX = "model.safetensors.index.json"
 STANDARD_WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")  # of published models, in the order they are looked for

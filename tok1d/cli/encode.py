@@ -20,13 +20,14 @@ from tok1d.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tok1d.tokenizers.budget import Budget
+    from tok1d.tokenizers.budget import Auto, Budget
     from tok1d.tokenizers.tokenizer import Tokenizer1D
     from tok1d.tokens import Geometry, TokenSequence
 
 EPILOG = """examples:
   tok encode photo.jpg --tokens 32               photo.tok beside the photo
   tok encode photos/ -o tokens/ --max-bytes 200  the tree re-created, each record at most 200 bytes
+  tok encode photos/ --tokens auto --quality 20  as many as each photo is predicted to need for 20 dB
   tok encode photos/ -o photos.jsonl             one file with all images and their names
   cat photo.jpg | tok encode - | tok info -
 """
@@ -40,7 +41,10 @@ def add_parsers(verbs: Any) -> None:
         "--format", choices=sorted(TOKEN_FORMATS.values()), help="default: by the suffix of OUT, else tok; OUT with such a suffix takes all images"
     )
     group = parser.add_argument_group("how many tokens (all, if nothing is asked for)")
-    group.add_argument("--tokens", type=options.positive_int, metavar="N", help="the same number for every image")
+    group.add_argument(
+        "--tokens", type=options.tokens_or_auto, metavar="N", help="the same number for every image, or auto: what the model says each image needs"
+    )
+    group.add_argument("--quality", type=options.positive_float, metavar="Q", help="for --tokens auto, in dB or LPIPS as the model predicts it; default: the model's")
     group.add_argument("--target-psnr", type=options.positive_float, metavar="DB", help="the fewest that reach this PSNR at the model's size")
     group.add_argument("--target-lpips", type=options.positive_float, metavar="D", help="the fewest with LPIPS (VGG) of at most D; needs tok1d[eval]")
     group.add_argument("--max-bytes", type=options.positive_int, metavar="B", help="at most what a .tok record of B bytes holds, header included")
@@ -60,16 +64,22 @@ class Loaded:
 
 @dataclass
 class Encoded:
-    """Tokens of one image, and what a budget search measured."""
+    """Tokens of one image, and the quality that a budget search measured or a halting head predicted."""
 
     seq: TokenSequence
     psnr: float | None = None
     lpips: float | None = None
     reached: bool = True
+    predicted: bool = False
 
 
 def run(args: Namespace) -> int:
-    if args.tokens is not None and _adaptive(args):
+    auto = args.tokens == "auto"
+    if auto and (args.target_psnr is not None or args.target_lpips is not None):
+        raise UsageError("--tokens auto predicts, --target-psnr and --target-lpips search; use one of them (--quality says what auto aims at)")
+    if args.quality is not None and not auto:
+        raise UsageError("--quality is what --tokens auto aims at; to search for a quality use --target-psnr or --target-lpips")
+    if args.tokens is not None and not auto and _adaptive(args):
         raise UsageError("--tokens fixes the number; it cannot be combined with --target-psnr, --target-lpips or --max-bytes")
     items = expand(args.inputs, IMAGE_SUFFIXES, "images")
     whole = _whole_output(args.output, args.format, items)
@@ -87,10 +97,14 @@ def run(args: Namespace) -> int:
     if not jobs:
         return 0
 
+    from tok1d.tokenizers.halting import head_of
+
     model = load_model(args)
     budget = _budget(args)
-    if args.tokens is not None:
-        model._check_tokens(args.tokens)  # before anything is read
+    if auto:  # before anything is read
+        head_of(model)
+    elif args.tokens is not None:
+        model._check_tokens(args.tokens)
     sink: Sink = Whole(whole, kind, named=len(items) > 1 or items[0].tree) if whole else Separate()
     report = report_for(args, len(jobs), "images", silent_stdout=whole == "-")
     missed, size, start = [], 0, time.monotonic()
@@ -130,8 +144,12 @@ def _adaptive(args: Namespace) -> bool:
     return any(target is not None for target in (args.target_psnr, args.target_lpips, args.max_bytes))
 
 
-def _budget(args: Namespace) -> Budget | None:
+def _budget(args: Namespace) -> Budget | Auto | None:
     """The budget of the flags."""
+    if args.tokens == "auto":
+        from tok1d.tokenizers.budget import Auto
+
+        return Auto(args.quality, args.max_bytes)
     if not _adaptive(args):
         return None
     from tok1d.tokenizers.budget import Budget
@@ -158,7 +176,7 @@ def _whole_output(output: str | None, kind: str | None, items: Sequence[Item]) -
 
 
 def _encode_all(
-    model: Tokenizer1D, jobs: list[Job], args: Namespace, budget: Budget | None, sink: Sink
+    model: Tokenizer1D, jobs: list[Job], args: Namespace, budget: Budget | Auto | None, sink: Sink
 ) -> Iterator[tuple[Loaded | Job, Encoded | BaseException]]:
     """Read ahead in threads, encode in batches; results in the order of the jobs."""
     from tok1d.image_io import fit, read_uint8
@@ -169,7 +187,7 @@ def _encode_all(
         return Loaded(job, rows, geometry[0])
 
     def encode(batch: Sequence[Loaded]) -> list[Encoded]:
-        return encode_batch(model, batch, args.tokens, budget, args.batch_size, [sink.meta(b.job) for b in batch])
+        return encode_batch(model, batch, None if budget else args.tokens, budget, args.batch_size, [sink.meta(b.job) for b in batch])
 
     workers = min(4, os.cpu_count() or 1)
     for group in grouped(ordered(load, jobs, workers, args.batch_size + workers), args.batch_size):
@@ -199,7 +217,7 @@ def encode_batch(
     model: Tokenizer1D,
     batch: Sequence[Loaded],
     tokens: int | None,
-    budget: Budget | None,
+    budget: Budget | Auto | None,
     rows_at_once: int,
     metas: Sequence[dict[str, Any] | None],
 ) -> list[Encoded]:
@@ -217,7 +235,7 @@ def encode_batch(
         return [Encoded(image_of(seq, i)) for i in range(len(batch))]
     found = budget.search(model, rows, seq, [m or {} for m in metas])
     return [
-        Encoded(image_of(found.sequence, i)[:, : found.tokens[i]], found.psnr[i], found.lpips[i], found.reached[i])
+        Encoded(image_of(found.sequence, i)[:, : found.tokens[i]], found.psnr[i], found.lpips[i], found.reached[i], found.predicted)
         for i in range(len(batch))
     ]
 
@@ -245,7 +263,7 @@ def describe(job: Job, result: Encoded, model: Tokenizer1D, size: int | None, wh
     for name in ("psnr", "lpips"):
         value = getattr(result, name)
         if value is not None:
-            row[name] = value if value != float("inf") else None
+            row[f"predicted_{name}" if result.predicted else name] = value if value != float("inf") else None
             row["reached"] = result.reached
     return row
 
@@ -253,5 +271,6 @@ def describe(job: Job, result: Encoded, model: Tokenizer1D, size: int | None, wh
 def _text(row: dict[str, Any]) -> str:
     tiles = f" × {row['tiles']} tiles" if row["tiles"] > 1 else ""
     size = f", {row['bytes']} bytes" if row["bytes"] is not None else ""
-    quality = "".join(f", {name.upper()} {row[name]:.{digits}f}" for name, digits in (("psnr", 2), ("lpips", 3)) if row.get(name) is not None)
+    named = [(prefix, name, digits) for prefix in ("", "predicted_") for name, digits in (("psnr", 2), ("lpips", 3))]
+    quality = "".join(f", {p.replace('_', ' ')}{n.upper()} {row[p + n]:.{d}f}" for p, n, d in named if row.get(p + n) is not None)
     return f"{row['input']} → {row['output']}: {count(row['tokens'], 'token')}{tiles}, {row['bits']} bits{size}{quality}"

@@ -136,6 +136,11 @@ def _int(text: str, least: int) -> int:
     return value
 
 
+def tokens_or_auto(text: str) -> int | str:
+    """argparse type: ``auto`` or an integer of at least 1."""
+    return text if text == "auto" else positive_int(text)
+
+
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
     try:

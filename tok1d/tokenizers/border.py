@@ -6,7 +6,7 @@ Shapes: B images, n tokens, d bits of one token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from tok1d.errors import ImageError, TokenError
 from tok1d.tokenizers.part import Decoder, Encoder
 from tok1d.tokens import TokenSequence
+
+if TYPE_CHECKING:
+    from tok1d.tokenizers.budget import Auto
 
 
 class Border:
@@ -95,6 +98,13 @@ class Border:
                 )
             raise TokenError(f"{self.name} keeps 1 to {self.max_tokens} tokens, got tokens={tokens}")
         return tokens
+
+    def _check_word(self, tokens: str) -> Auto:
+        from tok1d.tokenizers.budget import Auto
+
+        if tokens != "auto":
+            raise TokenError(f'tokens must be a number, "auto" or a Budget, got {tokens!r:.100}')
+        return Auto()
 
     def _check_sequence(self, seq: TokenSequence) -> None:
         assert seq.lengths is not None

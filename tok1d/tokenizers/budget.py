@@ -3,6 +3,7 @@
 One encode; then prefixes are decoded for the whole batch at once, each image its own: all tokens first, then bisection
 (9 decodes for 256 tokens, whatever the batch). Quality is nearly monotone in the number of tokens, not exactly: the
 length returned was itself decoded and meets the target, and the one just below it was decoded and does not.
+``Auto`` decodes nothing: it believes the halting head of the model.
 
 Shapes: G originals, R rows of the batch (tiles of an original are consecutive rows), N tokens.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tok1d.errors import TokenError, UsageError
+from tok1d.tokenizers.halting import check_quality, head_of
 from tok1d.tokens import TokenSequence
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class BudgetResult:
         tokens: how many were kept (of each tile).
         reached: whether the quality target is met; False means that every allowed token is kept and it is still missed.
         psnr, lpips: quality of what is kept, at the model's size; None where it was no target.
+        predicted: whether that quality, and ``reached``, are what a halting head says, not measured.
     """
 
     sequence: TokenSequence
@@ -45,6 +48,7 @@ class BudgetResult:
     reached: tuple[bool, ...]
     psnr: tuple[float | None, ...]
     lpips: tuple[float | None, ...]
+    predicted: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,7 @@ class Budget:
 
     def apply(self, tokenizer: Tokenizer1D, images: Tensor, seq: TokenSequence) -> TokenSequence:
         """As :meth:`search`, the sequence only; warns when a target is missed with every token kept."""
-        result = self.search(tokenizer, images, seq)
-        missed = result.reached.count(False)
-        if missed:
-            warnings.warn(f"{missed} of {len(result.reached)} images miss the target ({self}) and keep all tokens they may", stacklevel=4)  # the caller of encode
-        return result.sequence
+        return _warned(self.search(tokenizer, images, seq), self)
 
     @torch.inference_mode()
     def search(
@@ -158,6 +158,86 @@ class Budget:
                 if ok or trial[i] == tops[i]:
                     found[i] = _Found(trial[i], ok, psnr, lpips)
             trial = {i: (low[i] + high[i]) // 2 for i in high if high[i] - low[i] > 1}
+
+
+@dataclass(frozen=True)
+class Auto:
+    """As many tokens as the halting head of the model says an image needs; give it as ``tokens=`` to ``Tokenizer1D.encode``.
+
+    One encode and no decode: the smallest prefix that is predicted to reach the quality. What an image really gets lies
+    around the target; a :class:`Budget` meets it exactly and costs a search.
+
+    Args:
+        quality: in the measure of the head (``tokenizer.halting.metric``): dB of PSNR, or LPIPS; that stored with it if None.
+        max_bytes: never more tokens than a .tok record of so many bytes holds.
+
+    Example:
+        >>> Auto(quality=24.0)
+        Auto(quality=24.0, max_bytes=None)
+    """
+
+    quality: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.quality is not None:
+            check_quality(self.quality)
+        if self.max_bytes is not None:
+            Budget(max_bytes=self.max_bytes)
+
+    def apply(self, tokenizer: Tokenizer1D, images: Tensor, seq: TokenSequence) -> TokenSequence:
+        """As :meth:`search`, the sequence only; warns where all tokens are predicted to miss the target."""
+        return _warned(self.search(tokenizer, images, seq), self)
+
+    @torch.inference_mode()
+    def search(
+        self,
+        tokenizer: Tokenizer1D,
+        images: Tensor | None,
+        seq: TokenSequence,
+        metas: Sequence[dict[str, Any]] | None = None,
+    ) -> BudgetResult:
+        """Choose the length of each image; arguments as :meth:`Budget.search`, the pictures are not looked at.
+
+        Raises:
+            TokenError: the model has no halting head, or ``seq`` does not hold all its tokens.
+        """
+        head = head_of(tokenizer)
+        if len(seq) == 0:
+            return BudgetResult(seq, (), (), (), (), predicted=True)
+        assert seq.lengths is not None
+        if int(seq.lengths.min()) != tokenizer.max_tokens:
+            raise TokenError(f"a halting head reads all {tokenizer.max_tokens} tokens of an image, got {int(seq.lengths.min())}")
+        rows = head(tokenizer.codes_of(seq.data.to(tokenizer.device), seq.lengths.to(tokenizer.device)))
+        images_rows = rows_of_images(seq)  # the error of an image is the mean over its tiles
+        curves = torch.stack([rows[r.start : r.stop].logsumexp(0) - math.log(len(r)) for r in images_rows]).cpu()
+        steps = torch.tensor(tokenizer.token_lengths)
+        curves = curves[:, steps - 1]
+        wanted = check_quality(head.quality if self.quality is None else self.quality)
+        reaches = curves <= head.log_error(wanted) + 1e-6  # rounding of a target that is a point of the curve
+        tops = [len(steps) - 1] * len(curves)
+        if self.max_bytes is not None:
+            limit = Budget(max_bytes=self.max_bytes)
+            tops = [limit._fitting(tokenizer, seq, i, steps.tolist(), metas[i] if metas else None) for i in range(len(curves))]
+        first = torch.where(reaches.any(1), reaches.int().argmax(1), len(steps) - 1)
+        chosen = first.minimum(torch.tensor(tops))
+        each = torch.arange(len(chosen))
+        quality = tuple(head.quality_of(curves[each, chosen]).tolist())
+        kept = tuple(steps[chosen].tolist())
+        none = (None,) * len(kept)
+        psnr, lpips = (quality, none) if head.metric == "psnr" else (none, quality)
+        return BudgetResult(_cut(seq, kept), kept, tuple(reaches[each, chosen].tolist()), psnr, lpips, predicted=True)
+
+
+def _warned(result: BudgetResult, target: Budget | Auto) -> TokenSequence:
+    """The sequence, with a warning to the caller of ``encode`` about images that miss the target."""
+    missed = result.reached.count(False)
+    if missed:
+        said = " by prediction" if result.predicted else ""
+        warnings.warn(
+            f"{missed} of {len(result.reached)} images{said} miss the target ({target}) and keep all tokens they may", stacklevel=5
+        )
+    return result.sequence
 
 
 @dataclass

@@ -19,22 +19,30 @@ from tok1d.tokenizers.part import Part
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONFIG_NAME = "config.json"
+HALTING = "halting"  # the part that is no part of the id, and its prefix in state dicts
+HALTING_NAME = "halting.safetensors"
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Write weights, then config.json, each atomically; the folder is made if missing."""
+    """Write weights, then config.json, each atomically; the folder is made if missing.
+
+    A halting head has a file of its own, so that the model's is the same bytes with and without it.
+    """
     from safetensors.torch import save
 
     from tok1d.tokfile import atomic_write
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
+    main, head = split_state(state)
+    atomic_write(folder / WEIGHTS_NAME, save(main, metadata={"format": "pt"}))
+    if head:
+        atomic_write(folder / HALTING_NAME, save(head, metadata={"format": "pt"}))
     atomic_write(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], memoryview]:
-    """Configuration, weights, and the bytes of the weights without the file's header, whose text is free.
+    """Configuration, weights, and the bytes of the model's weights without the file's header, whose text is free.
 
     Raises:
         ModelError: files missing or damaged.
@@ -47,6 +55,9 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], 
         config = json.loads((folder / CONFIG_NAME).read_text())
         blob = (folder / WEIGHTS_NAME).read_bytes()
         state = load(blob)
+        if isinstance(config, dict) and HALTING in config:
+            head = load((folder / HALTING_NAME).read_bytes())
+            state |= {f"{HALTING}.{key}": value for key, value in head.items()}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({error}). A model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}") from error
     return config, state, memoryview(blob)[8 + int.from_bytes(blob[:8], "little") :]
@@ -65,6 +76,13 @@ def plain_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
     return state
 
 
+def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict → that of the model, and that of its halting head with plain keys, {} if it has none."""
+    prefix = f"{HALTING}."
+    head = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key: value for key, value in state.items() if not key.startswith(prefix)}, head
+
+
 def chunks_of(state: dict[str, Tensor]) -> Iterator[memoryview]:
     """The bytes of contiguous CPU tensors in the order in which a safetensors file has them, without a copy of them all."""
     from safetensors.torch import save
@@ -76,8 +94,8 @@ def chunks_of(state: dict[str, Tensor]) -> Iterator[memoryview]:
 
 
 def fingerprint(config: dict[str, Any], chunks: Iterable[memoryview]) -> int:
-    """64 bits of SHA-256 over the architecture and the tensor bytes."""
-    parts = {k: v for k, v in config.items() if k != "name"}
+    """64 bits of SHA-256 over the architecture and the tensor bytes; a halting head changes nothing that ids mean."""
+    parts = {k: v for k, v in config.items() if k not in ("name", HALTING)}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for chunk in chunks:
         digest.update(chunk)
