@@ -46,7 +46,7 @@ class Part(nn.Module):
                 bound = signature.bind(self, *args, **kw)
                 bound.apply_defaults()
                 values = {k: v for k, v in bound.arguments.items() if k != "self"}
-                object.__setattr__(self, "config", json.loads(json.dumps(values)))
+                object.__setattr__(self, "config", json.loads(json.dumps(values, default=_plain)))
             build(self, *args, **kw)
 
         cls.__init__ = recorded  # type: ignore[method-assign]
@@ -56,10 +56,17 @@ class Part(nn.Module):
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self.config}
 
 
-def build_part(config: dict[str, Any], kind: type[Part]) -> Part:
+def _plain(value: Any) -> dict[str, Any]:
+    """An argument that is a part, or plain data in a class, as JSON."""
+    if not hasattr(value, "to_config"):
+        raise TypeError(f"arguments of parts must be plain data or parts, got {type(value).__name__}")
+    return value.to_config()
+
+
+def build_part(config: dict[str, Any], kind: type[Part], package: str = "tok1d.tokenizers") -> Part:
     """Build a part from its ``to_config()`` data.
 
-    Only subclasses of ``kind`` defined under ``tok1d.tokenizers`` are accepted: a hostile file can name nothing else.
+    Only subclasses of ``kind`` defined under ``package`` are accepted: a hostile file can name nothing else.
 
     Raises:
         ModelError: the class is unknown, of the wrong kind, or the arguments do not fit.
@@ -68,7 +75,7 @@ def build_part(config: dict[str, Any], kind: type[Part]) -> Part:
         raise ModelError(f"a {kind.__name__.lower()} in config.json needs a 'class' entry, got {config!r:.200}")
     module_name, _, name = config["class"].rpartition(".")
     found = None
-    if module_name.startswith("tok1d.tokenizers."):
+    if module_name.startswith(f"{package}."):
         try:
             found = getattr(importlib.import_module(module_name), name, None)
         except ImportError:
