@@ -128,8 +128,8 @@ def test_wrong_data(tok, model, photos, tmp_path):
 def test_codecs_and_resizes(measured, tmp_path):
     done = measured("codec", "jpeg", "resize", "--qualities", "10,90", "--sides", "4,16")
     assert done.code == 0, done.err
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"jpeg@4".replace("@", "-"), "jpeg-16", "resize"}
-    assert [r["rate"] for r in summary_of(tmp_path / "out" / "jpeg-16")["rates"]] == ["q10", "q90"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"jpeg-4", "jpeg", "resize"}  # 16 is the whole view
+    assert [r["rate"] for r in summary_of(tmp_path / "out" / "jpeg")["rates"]] == ["q10", "q90"]
     resize = summary_of(tmp_path / "out" / "resize")["rates"]
     assert resize[1]["metrics"]["psnr"]["mean"] == 100 and resize[0]["metrics"]["psnr"]["mean"] < 40
     assert measured("codec", "webp", "--qualities", "50", out="webp").code == 0
@@ -138,11 +138,60 @@ def test_codecs_and_resizes(measured, tmp_path):
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["jpeg"], "give codecs"), (["bpg", "x"], "give codecs"), (["jpeg", "x", "--qualities", "5", "--budgets", "9"], "exclude each other"), (["jpeg", "x", "--qualities", "abc"], "integer")],
+    [
+        (["jpeg"], "give codecs"),
+        (["bpg", "x"], "give codecs"),
+        (["x", "--codecs", "bpg,jpeg"], "unknown codecs bpg; there are jpeg, webp, avif, jxl, jpg, jpegxl, resize"),
+        (["--codecs", "jpeg"], "required"),
+        (["jpeg", "x", "--qualities", "5", "--budgets", "9"], "exclude each other"),
+        (["jpeg", "x", "--qualities", "abc"], "integer"),
+        (["jpeg", "x", "--sides", "8", "--downscale", "2"], "exclude each other"),
+        (["jpeg", "x", "--budgets", "99", "--downscale", "2"], "a budget searches the size"),
+        (["jpeg", "x", "--qualties", "5"], "did you mean --qualities"),
+    ],
 )
 def test_wrong_codecs(tok, args, message):
     done = tok("eval", "codec", *args)
     assert done.code == 2 and message in done.err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["DATA", "--codecs", "jpeg,resize"], ["--codecs", "jpeg,resize", "DATA"], ["jpeg", "resize", "DATA"], ["jpg", "resize", "DATA", "jpeg"], ["jpeg", "--quiet", "resize", "DATA"]],
+)
+def test_codecs_and_data_in_any_order(tok, photos, tmp_path, args):
+    given = [photos if a == "DATA" else a for a in args]
+    done = tok("eval", "codec", "--qualities", "20", *given, "--protocol", "tiny-v1", "--measures", "pixels", "-o", tmp_path / "out", "--downscale", "2")
+    assert done.code == 0, done.err
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"jpeg-8", "resize"}
+    assert summary_of(tmp_path / "out" / "resize")["rates"][0]["rate"] == "s8"
+
+
+def test_data_that_is_named_as_a_codec(tok, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos.rename(tmp_path / "webp")
+    rest = ["--protocol", "tiny-v1", "--measures", "pixels", "--qualities", "20", "-q", "-o", tmp_path / "out"]
+    done = tok("eval", "codec", "jpeg", "webp", *rest)
+    assert done.code == 2 and "webp is a codec and lies here as data; write ./webp" in done.err
+    assert tok("eval", "codec", "jpeg", "./webp", *rest).code == 0
+    assert tok("eval", "codec", "webp", "--codecs", "jpeg", *rest).code == 0  # the same run again
+    assert summary_of(tmp_path / "out")["conditions"]["data"]["images"] == 5
+
+
+def test_the_jpeg_xl_of_the_plugin(measured, tmp_path):
+    pytest.importorskip("pillow_jxl")
+    assert measured("codec", "jpegxl", "--qualities", "10,90", measures="pixels").code == 0
+    held = summary_of(tmp_path / "out")
+    low, high = (r["metrics"] for r in held["rates"])
+    assert held["conditions"]["system"]["name"] == "jxl" and 0 < low["file_bytes"]["mean"] < high["file_bytes"]["mean"] and low["psnr"]["mean"] < high["psnr"]["mean"]
+
+
+def test_without_the_plugin_it_says_so(tok, photos, monkeypatch):
+    from tok1d.eval import codecs
+
+    monkeypatch.setattr(codecs.importlib.util, "find_spec", lambda name: None)
+    done = tok("eval", "codec", "jpegxl", photos)
+    assert done.code == 2 and "codec jxl: no JPEG XL plugin" in done.err and "pillow-jxl-plugin" in done.err
 
 
 def test_pictures_made_elsewhere_are_scored(measured, photos, tmp_path):
@@ -228,6 +277,23 @@ def test_import(tok, tmp_path):
         wrong = tok("eval", "import", *args)
         assert wrong.code == code and message in wrong.err and not wrong.out, args
     assert not (tmp_path / "x.jsonl").exists() and not (tmp_path / "x.csv").exists()
+
+
+def test_kinds_of_annotations_are_those_of_the_importers():
+    from tok1d.cli.evaluate import SETS
+    from tok1d.eval.importers import KINDS
+
+    assert tuple(KINDS) == SETS
+
+
+def test_export(tok, tmp_path):
+    annotated(tmp_path / "data").write(tmp_path / "m.jsonl")
+    done = tok("eval", "export", tmp_path / "m.jsonl", "-o", tmp_path / "out", "--copy")
+    assert done.code == 0 and done.out.splitlines() == [str(tmp_path / "out" / "annotations" / f"{n}.json") for n in ("face_meta", "text_drawn")]
+    again = tok("eval", "import", "tokbench", tmp_path / "out", "-o", tmp_path / "again.jsonl")
+    made = Manifest.load(tmp_path / "again.jsonl")
+    assert again.code == 0 and [len(s.words) for s in made.samples] == [1, 2, 2, 0, 0] and [len(s.faces) for s in made.samples] == [0, 0, 0, 1, 2]
+    assert tok("eval", "export", tmp_path / "data" / "images", "-o", tmp_path / "x").code == 1
 
 
 def test_synthetic_sets(tok, model, tmp_path):

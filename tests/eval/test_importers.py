@@ -143,7 +143,7 @@ def test_icdar_2015_and_2013(tmp_path):
     assert one.words[1] == word((4, 9, 20, 15), "slant", 24, 16, [(4, 10), (19, 9), (20, 14), (5, 15)])
     assert one.words[2].value == '"q"' and len(one.words) == 3
     assert [w.value for w in two.words] == ['say "a, b" \\', "two"] and two.words[1].box == (5, 9, 15, 15)
-    assert set(manifest.notes) == {"illegible words, left out: 1", "images without a gt file, left out: 1 (first: img_3.png)"}
+    assert set(manifest.notes) == {"illegible words, left out: 1", "images without a file of words, left out: 1 (first: img_3.png)"}
     manifest.write(tmp_path / "m.jsonl")
     assert Manifest.load(tmp_path / "m.jsonl").hash == manifest.hash
 

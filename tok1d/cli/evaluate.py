@@ -8,32 +8,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tok1d.cli import options
+from tok1d.cli.measuring import codecs_and_data, manifest_of, measure, networks, say_manifest, shown
 from tok1d.cli.runtime import Progress, count, say
 from tok1d.errors import UsageError
 
 if TYPE_CHECKING:
-    from tok1d.eval.choose import Nets
-    from tok1d.eval.manifest import Manifest
     from tok1d.eval.systems import System
 
 # `tok eval MODEL DATA` is short for `tok eval run MODEL DATA`
-VERBS = ("run", "score", "codec", "stats", "compare", "import", "annotate", "synthetic")
+VERBS = ("run", "score", "codec", "stats", "compare", "import", "export", "annotate", "synthetic")
+# keys of tok1d.eval.importers.KINDS, which imports too much for a parser
+SETS = ("tokbench", "icdar", "totaltext", "textocr", "cord", "sroie", "docvqa", "infographicvqa", "wflw", "shards", "folder")
 EPILOG = """A protocol freezes the view: recon256-v1 (centre crop), fit256-v1 (whole image on black), tokbench256-v1; also 512 and 1024.
 Data are folders, tar shards or manifests (.jsonl, .parquet). A run that was stopped goes on when it is started again;
 torchrun shares it among processes.
 
 examples:
   tok eval default photos/ --tokens 1,8,32,128,256 -o results/default
-  tok eval codec webp jpeg photos/ --budgets 96,192,384 -o results
+  tok eval codec jpeg webp avif jpegxl photos/ --budgets 96,192,384 -o results
   tok eval score reconstructions/ photos/ -o results/theirs
   tok eval compare results/default results/theirs
   tok report results/* -o report.html
 """
 
 
+class AnyOrder(options.Parser):
+    """Takes what is not a flag before, between and after flags."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._inside:  # argparse's own two passes
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
 def add_parsers(verbs: Any) -> None:
     parser = verbs.add_parser("eval", help="measure tokenizers, codecs and folders; compare runs", description="Measure and compare.", epilog=EPILOG)
-    sub = parser.add_subparsers(metavar="what", dest="what", required=True, parser_class=options.Parser)
+    sub = parser.add_subparsers(metavar="what", dest="what", required=True, parser_class=AnyOrder)
     parser.verbs = sub
 
     run = options.add_verb(sub, "run", run_model, "measure a model at several numbers of tokens", EPILOG)
@@ -51,10 +67,12 @@ def add_parsers(verbs: Any) -> None:
     _add_run(score)
 
     codec = options.add_verb(sub, "codec", run_codec, "measure JPEG, WebP, AVIF, JPEG XL with the bytes of real files, or a plain resize")
-    codec.add_argument("codecs", nargs="+", metavar="CODEC … DATA …", help="jpeg, webp, avif, jxl, resize; then folders, shards or a manifest")
+    codec.add_argument("what_and_data", nargs="+", metavar="CODEC … DATA …", help="jpeg, webp, avif, jpegxl, resize; and folders, shards or a manifest")
+    codec.add_argument("--codecs", type=_names, metavar="C,C,…", help="the codecs; then everything else is data, whatever its name")
     codec.add_argument("--qualities", type=options.int_list, metavar="Q,Q,…", help="default: 5,15,30,50,70,90 unless --budgets")
     codec.add_argument("--budgets", type=options.int_list, metavar="BYTES,…", help="the best picture within each, over size and quality")
     codec.add_argument("--sides", type=options.int_list, metavar="PX,…", help="shrink to these sides first; the sides of resize")
+    codec.add_argument("--downscale", type=options.int_list, metavar="N,N,…", help="shrink the view by these factors first; 1 keeps its size")
     codec.add_argument("--workers", type=options.positive_int, default=2, help="processes that search budgets; default: 2")
     _add_run(codec)
 
@@ -71,10 +89,15 @@ def add_parsers(verbs: Any) -> None:
     options.add_json(compare)
 
     imported = options.add_verb(sub, "import", run_import, "turn the annotations of a data set into a manifest")
-    imported.add_argument("kind", choices=("tokbench", "icdar", "wflw", "shards", "folder"))
+    imported.add_argument("kind", choices=SETS)
     imported.add_argument("source", type=Path, help="its folder, annotation file or shard")
     imported.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="manifest: .jsonl or .parquet")
     imported.add_argument("--images", dest="image_folder", type=Path, metavar="FOLDER", help="where the images lie, if not beside the annotations")
+
+    export = options.add_verb(sub, "export", run_export, "write a manifest in TokBench's layout, for TokBench's own scripts")
+    export.add_argument("data", nargs="+", type=Path, help="a manifest; the sizes of its images must be known")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    export.add_argument("--copy", action="store_true", help="copy the images, too")
 
     annotate = options.add_verb(sub, "annotate", run_annotate, "find faces (YuNet) in images of your own, or keep the words a recogniser reads right")
     annotate.add_argument("what_kind", choices=("faces", "refine"), metavar="faces|refine")
@@ -141,7 +164,7 @@ def run_model(args: Namespace) -> int:
     model = load_model(args)
     given = {"steps": args.steps, "guidance": args.guidance, "solver": args.solver, "seeds": args.seed}
     system = TokenizerSystem(model, args.tokens, {k: v for k, v in given.items() if v is not None})
-    return _measure(args, system, args.data, args.output or Path("eval") / model.name)
+    return measure(args, system, args.data, args.output or Path("eval") / model.name)
 
 
 def run_score(args: Namespace) -> int:
@@ -150,31 +173,37 @@ def run_score(args: Namespace) -> int:
     system = FolderSystem(args.folder, args.bytes)
     if system.lossy:
         say(f"{count(system.lossy, 'file')} in {args.folder} are lossy: what their codec lost counts as the system's")
-    return _measure(args, system, args.data, args.output or Path("eval") / system.name)
+    return measure(args, system, args.data, args.output or Path("eval") / system.name)
 
 
 def run_codec(args: Namespace) -> int:
-    from tok1d.eval.codecs import OPTIONS
+    from tok1d.eval.protocol import protocol
     from tok1d.eval.systems import CodecSystem, ResizeSystem
 
-    known = {**dict.fromkeys(OPTIONS, "codec"), "jpegxl": "codec", "resize": "resize"}
-    names = [c for c in args.codecs if c.lower() in known]
-    data = [Path(c) for c in args.codecs if c.lower() not in known]
-    if not names or not data:
-        raise UsageError(f"give codecs ({', '.join(known)}) and then data, got {' '.join(args.codecs)}")
+    names, data = codecs_and_data(args.what_and_data, args.codecs)
     if args.qualities and args.budgets:
         raise UsageError("--qualities and --budgets exclude each other: a budget searches quality")
+    if args.sides and args.downscale:
+        raise UsageError("--sides and --downscale exclude each other: both say how small a picture is coded")
+    if args.budgets and (args.sides or args.downscale) and "resize" not in names:
+        raise UsageError("--budgets excludes --sides and --downscale: a budget searches the size, too")
+    whole = protocol(args.protocol).size
+    sides = args.sides or [max(1, whole // n) for n in args.downscale or ()]
     qualities = args.qualities or ([] if args.budgets else [5, 15, 30, 50, 70, 90])
     systems: list[System] = []
-    for name in (n.lower().replace("jpegxl", "jxl") for n in names):
+    for name in names:
         if name == "resize":
-            systems.append(ResizeSystem(args.sides or (32, 64, 128, 256)))
+            systems.append(ResizeSystem(sides or (32, 64, 128, 256)))
         elif args.budgets:
             systems.append(CodecSystem(name, budgets=args.budgets, workers=args.workers))
         else:
-            systems += [CodecSystem(name, qualities, side) for side in (args.sides or [None])]
+            systems += [CodecSystem(name, qualities, None if side == whole else side) for side in (sides or [whole])]
     base = args.output or Path("eval")
-    return max(_measure(args, s, data, base if len(systems) == 1 and args.output else base / s.name.replace("@", "-")) for s in systems)
+    return max(measure(args, s, data, base if len(systems) == 1 and args.output else base / s.name.replace("@", "-")) for s in systems)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def run_stats(args: Namespace) -> int:
@@ -182,10 +211,10 @@ def run_stats(args: Namespace) -> int:
     from tok1d.eval.protocol import protocol
     from tok1d.eval.stats import make_reference
 
-    nets, manifest = _nets(args), _manifest(args.data, args.images)
+    nets, manifest = networks(args), manifest_of(args.data, args.images)
     net = feature_net("fid" if args.fid_weights else "features", nets)
     bar = Progress(len(manifest), "images", quiet=args.quiet)
-    path = make_reference(manifest, protocol(args.protocol), net, args.output, batch_size=args.batch_size, readers=args.readers, progress=_show(bar))
+    path = make_reference(manifest, protocol(args.protocol), net, args.output, batch_size=args.batch_size, readers=args.readers, progress=shown(bar))
     bar.clear()
     print(path)
     return 0
@@ -214,12 +243,21 @@ def run_import(args: Namespace) -> int:
 
     manifest = import_manifest(args.kind, args.source, args.image_folder)
     manifest.write(args.output)
-    _said(args, manifest)
+    say_manifest(args, manifest)
+    return 0
+
+
+def run_export(args: Namespace) -> int:
+    from tok1d.eval.importers import export_tokbench
+
+    for path in export_tokbench(manifest_of(args.data, None), args.output, images=args.copy):
+        if not args.quiet:
+            print(path)
     return 0
 
 
 def run_annotate(args: Namespace) -> int:
-    manifest = _manifest(args.data, None)
+    manifest = manifest_of(args.data, None)
     if args.what_kind == "faces":
         from tok1d.eval.face_nets import annotate_faces
 
@@ -228,12 +266,12 @@ def run_annotate(args: Namespace) -> int:
         from tok1d.eval.ocr import EasyOCR, ParseqOCR
         from tok1d.eval.words import refine
 
-        recogniser = (EasyOCR if args.ocr == "easyocr" else ParseqOCR)(args.ocr_weights, _nets(args).device)
+        recogniser = (EasyOCR if args.ocr == "easyocr" else ParseqOCR)(args.ocr_weights, networks(args).device)
         refined = refine(manifest, recogniser)
         say(", ".join(f"{n} {status}" for status, n in refined.counts.items()))
         made = refined.manifest
     made.write(args.output)
-    _said(args, made)
+    say_manifest(args, made)
     return 0
 
 
@@ -244,96 +282,3 @@ def run_synthetic(args: Namespace) -> int:
     if not args.quiet:
         print(f"{args.output / 'manifest.jsonl'}: {count(len(manifest), 'image')}")
     return 0
-
-
-# shared ----------------------------------------------------------------------------------------------------------
-
-
-def _measure(args: Namespace, system: System, data: list[Path], out: Path) -> int:
-    from tok1d.eval.choose import choose
-    from tok1d.eval.protocol import protocol
-    from tok1d.eval.run import evaluate
-
-    rule, manifest = protocol(args.protocol), _manifest(data, args.images)
-    measures, skipped = choose(args.measures.split(",") if args.measures else None, manifest, rule, _nets(args))
-    for name, why in skipped.items():
-        say(f"{name} is skipped: {why}")
-    bar = Progress(len(manifest), "chunks", quiet=args.quiet)
-    summary = evaluate(
-        system, manifest, rule, measures, out, batch_size=args.batch_size, readers=args.readers, restart=args.restart, progress=_show(bar)
-    )
-    bar.clear()
-    if summary is None:
-        say(f"this rank is done; the last one writes {out / 'summary.json'}")
-        return 0
-    if args.json:
-        print(json.dumps({"output": str(out), "skipped": skipped, **summary}))
-        return 0
-    if not args.quiet:
-        print(table(summary))
-        print(f"{out / 'summary.json'}")
-    return 0 if all(r["ok"] for r in summary["rates"]) else 1
-
-
-def table(summary: dict[str, Any]) -> str:
-    """A line a rate: how many images, bytes, and the means of what was measured."""
-    asked = summary["conditions"]
-    lines = [f"{asked['system']['name']} on {asked['data']['name']} ({asked['data']['images']} images), {asked['protocol']['id']}"]
-    columns = ["file_bytes", "bytes", *(c for c in ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex", "dists") if any(c in r["metrics"] for r in summary["rates"]))]
-    rows = [["rate", "ok", *columns]]
-    for rate in summary["rates"]:
-        cells = [f"{rate['metrics'][c]['mean']:.4g}" if c in rate["metrics"] else "-" for c in columns]
-        extra = []
-        for name, found in rate.get("measures", {}).items():
-            if name.startswith("features"):
-                extra += [f"{k} {v:.4g}" for k, v in found.items() if k.startswith(("fd_", "fid"))]
-            elif name == "text" and "all" in found:
-                extra.append(f"T-ACC {_mean(found['all']['t_acc_raw'], '.1%')} T-NED {_mean(found['all']['t_ned_raw'], '.1%')} of {found['all']['n']} words")
-            elif name == "faces" and "f_sim" in found:
-                extra.append(f"F-Sim {_mean(found['f_sim'], '.3f')} of {found['n']} faces")
-        rows.append([rate["rate"], f"{rate['ok']}/{rate['images']}", *cells, *extra])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(lines + ["  " + "  ".join(c.rjust(w) for c, w in zip(row, widths)) + "".join(f"  {e}" for e in row[len(widths) :]) for row in rows])
-
-
-def _mean(binned: dict[str, Any], form: str) -> str:
-    """Over all bins; ``-`` where nothing was measured."""
-    mean = binned["micro"]["mean"]
-    return "-" if mean is None else format(mean, form)
-
-
-def _nets(args: Namespace) -> Nets:
-    from tok1d.cli.runtime import choose_device
-    from tok1d.eval.choose import Nets
-
-    return Nets(
-        device=choose_device(args.device), feature_net=args.feature_net, feature_weights=args.feature_weights, fid_weights=args.fid_weights,
-        fid_profile=args.fid_profile, ocr=args.ocr, ocr_weights=args.ocr_weights, face=args.face, face_weights=args.face_weights,
-        accept_license=args.accept_license, reference=args.reference,
-    )  # fmt: skip
-
-
-def _manifest(data: list[Path], images: int | None) -> Manifest:
-    from tok1d.eval.manifest import Manifest, of_images
-
-    manifests = [p for p in data if p.suffix in (".jsonl", ".parquet")]
-    if manifests and len(data) > 1:
-        raise UsageError(f"give one manifest, or images only; got {', '.join(map(str, data))}")
-    whole = Manifest.load(data[0]) if len(data) == 1 else of_images(data, "+".join(p.name for p in data))
-    return whole.choose(images)
-
-
-def _show(bar: Progress) -> Any:
-    def show(done: int, total: int) -> None:
-        bar.total, bar.done = total, done - 1
-        bar.step()
-
-    return show
-
-
-def _said(args: Namespace, manifest: Manifest) -> None:
-    for note in () if args.quiet else manifest.notes:
-        say(note)
-    words, faces = (sum(len(getattr(s, kind)) for s in manifest.samples) for kind in ("words", "faces"))
-    if not args.quiet:
-        print(f"{args.output}: {count(len(manifest), 'image')}, {count(words, 'word')}, {count(faces, 'face')}, hash {manifest.hash}")

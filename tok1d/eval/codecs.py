@@ -43,7 +43,7 @@ def available() -> dict[str, str]:
     """Codecs of this installation: name → empty, or why it is skipped."""
     found = {name: "" if features.check(name) else "this Pillow was built without it" for name in ("webp", "avif")}
     jxl = importlib.util.find_spec("pillow_jxl") is not None
-    return {"jpeg": "", **found, "jxl": "" if jxl else "no JPEG XL plugin for Pillow is installed (pillow-jxl-plugin)"}
+    return {"jpeg": "", **found, "jxl": "" if jxl else "no JPEG XL plugin for Pillow is installed: pip install pillow-jxl-plugin, or 'tok1d[eval]'"}
 
 
 def settings() -> dict[str, Any]:

@@ -1,28 +1,22 @@
-"""Annotations in lines of text: ICDAR's file an image, WFLW's list of faces."""
+"""Annotations in lines of text: the file an image of ICDAR, SROIE and Total-Text, WFLW's list of faces."""
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tok1d.data.photos import SUFFIXES
 from tok1d.errors import TokError, UsageError
-from tok1d.eval.import_tools import (
-    ILLEGIBLE,
-    Notes,
-    find_image,
-    folder_with,
-    image_size,
-    is_illegible,
-    numbers,
-    read_text,
-    slanted_word,
-)
-from tok1d.eval.manifest import Face, Manifest, Sample
+from tok1d.eval.import_tools import Notes, find_image, folder_with, image_size, numbers, read_text, words_of
+from tok1d.eval.manifest import Face, Manifest, Sample, Word
 
 FIVE = (96, 97, 54, 76, 82)  # of WFLW's 98 landmarks: pupils, tip of the nose, corners of the mouth, left ones in the image first
 _UPRIGHT = re.compile(r'\s*([^\s,"]+)[\s,]+([^\s,"]+)[\s,]+([^\s,"]+)[\s,]+([^\s,"]+)[\s,]+"(.*)"\s*')
+_STRING = r"""u?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_TOTALTEXT = re.compile(rf"\s*x:\s*\[\[(.*?)\]\],\s*y:\s*\[\[(.*?)\]\],\s*ornt:\s*\[(?:u?['\"].?['\"])?\],\s*transcriptions:\s*\[(?:{_STRING})?\]\s*")
 
 
 def icdar(source: Path, images: Path | None) -> Manifest:
@@ -34,30 +28,95 @@ def icdar(source: Path, images: Path | None) -> Manifest:
     files = [source] if source.is_file() else sorted(source.rglob("gt_*.txt")) or sorted(source.glob("*.txt"))
     if not files:
         raise TokError(f"{source}: no gt_<image>.txt there")
+    return _file_an_image(source, files, images, "", _icdar_words)
+
+
+def sroie(source: Path, images: Path | None) -> Manifest:
+    """SROIE (ICDAR 2019): ``<receipt>.txt`` beside ``<receipt>.jpg``, or in ``box/`` with the images in ``img/``; a line of text a line.
+
+    ``x1,y1,x2,y2,x3,y3,x4,y4,transcription``. Its boxes hold whole lines; those of several words are kept, spaces and all, and counted.
+    """
+    boxes = source / "box" if (source / "box").is_dir() else source
+    files = [source] if source.is_file() else sorted(boxes.glob("*.txt"))
+    if not files:
+        raise TokError(f"{source}: no <receipt>.txt there, nor in {source / 'box'}")
+    made = _file_an_image(source, files, images, "sroie", _icdar_words)
+    lines = sum(" " in w.value.strip() for s in made.samples for w in s.words)
+    return replace(made, notes=(*made.notes, *([f"lines of several words, kept as one: {lines:,}"] if lines else [])))
+
+
+def totaltext(source: Path, images: Path | None) -> Manifest:
+    """Total-Text: ``poly_gt_<image>.txt`` (or ``gt_<image>.txt``), a word a line.
+
+    ``x: [[x1 x2 …]], y: [[y1 y2 …]], ornt: [u'c'], transcriptions: [u'WORD']``, clockwise; ``#`` is illegible. Numbers may go on in
+    the next line. Words of four corners are straightened, curved ones are judged in their upright boxes, as TokBench does.
+    """
+    files = [source] if source.is_file() else sorted(source.rglob("poly_gt_*.txt")) or sorted(source.rglob("gt_*.txt"))
+    if not files:
+        mat = "; its MATLAB files are not read, the same words come as text files (txt_format.zip)" if any(source.rglob("*gt_*.mat")) else ""
+        raise TokError(f"{source}: no poly_gt_<image>.txt there{mat}")
+    return _file_an_image(source, files, images, "totaltext", _totaltext_words, ("#",))
+
+
+Corners = tuple[list[float], str]
+
+
+def _file_an_image(
+    source: Path, files: Sequence[Path], images: Path | None, group: str, parse: Callable[[Path], Iterator[tuple[int, Corners]]],
+    illegible: Sequence[str] = (),
+) -> Manifest:  # fmt: skip
+    """A sample a file; ``parse`` gives its words with the numbers of their lines. The folder's name is the group if it has none."""
     root = source.parent if source.is_file() else source
     notes, samples, used = Notes(), [], set()
     for file in files:
-        path = find_image(file.stem.removeprefix("gt_"), [images] if images else [file.parent, file.parent.parent, file.parent.parent / "images"], file)
+        here = file.parent
+        near = [here, here.parent, here.parent / "images", here.parent / "img", *(p / "Images" / here.name for p in (here.parent, here.parent.parent))]
+        path = find_image(file.stem.removeprefix("poly_").removeprefix("gt_"), [images] if images else near, file)
         width, height = image_size(path)
-        words = []
-        for at, line in enumerate(read_text(file), 1):
-            if not line.strip():
-                continue
+        words: list[Word] = []
+        for at, item in parse(file):
             try:
-                quad, value = _icdar_line(line)
+                words += words_of([item], width, height, notes, illegible)
             except ValueError as error:
                 raise TokError(f"{file}: line {at}: {error}") from error
-            if is_illegible(value):
-                notes.add(ILLEGIBLE)
-            else:
-                words.append(slanted_word(quad, value, width, height))
         used.add(path)
         name = (file.relative_to(root).parent / path.name).as_posix()
-        samples.append(Sample(name, str(path), width, height, words=tuple(words), group=root.name))
+        samples.append(Sample(name, str(path), width, height, words=tuple(words), group=group or root.name))
     for base in {p.parent for p in used} if source.is_dir() else ():
         for path in sorted(p for p in base.iterdir() if p.suffix.lower() in SUFFIXES and p not in used):
-            notes.add("images without a gt file, left out", path.name)
+            notes.add("images without a file of words, left out", path.name)
     return Manifest(root.name, Path("/"), tuple(samples), notes=notes.lines())
+
+
+def _icdar_words(file: Path) -> Iterator[tuple[int, Corners]]:
+    for at, line in enumerate(read_text(file), 1):
+        if line.strip():
+            try:
+                yield at, _icdar_line(line)
+            except ValueError as error:
+                raise TokError(f"{file}: line {at}: {error}") from error
+
+
+def _totaltext_words(file: Path) -> Iterator[tuple[int, Corners]]:
+    """A line goes on with the one before where that one does not end in a bracket."""
+    records: list[tuple[int, str]] = []
+    for at, line in enumerate(read_text(file), 1):
+        if records and line.strip() and not records[-1][1].rstrip().endswith("]"):
+            records[-1] = (records[-1][0], f"{records[-1][1]} {line}")
+        elif line.strip():
+            records.append((at, line))
+    for at, record in records:
+        found = _TOTALTEXT.fullmatch(record)
+        try:
+            if not found:
+                raise ValueError(f"should be x: [[…]], y: [[…]], ornt: [u'c'], transcriptions: [u'…'], got {record[:60]!r}")
+            x, y = numbers(found[1].split()), numbers(found[2].split())
+            if len(x) != len(y):
+                raise ValueError(f"{len(x)} x and {len(y)} y")
+            value = ast.literal_eval(found[3]) if found[3] else ""  # a Python string, escapes and all
+        except (ValueError, SyntaxError) as error:
+            raise TokError(f"{file}: line {at}: {error}") from error
+        yield at, ([v for xy in zip(x, y) for v in xy], value)
 
 
 def _icdar_line(line: str) -> tuple[list[float], str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,36 @@ def numbers(texts: Sequence[str]) -> list[float]:
     return found
 
 
-def slanted_word(quad: Sequence[float], value: str, width: int, height: int) -> Word:
-    """A word by its four corners x1, y1, … x4, y4, clockwise from the upper left; upright rectangles become plain boxes."""
-    x, y = quad[::2], quad[1::2]
+def slanted_word(corners: Sequence[float], value: str, width: int, height: int) -> Word:
+    """A word by its corners x1, y1, x2, y2, …, clockwise from the upper left; upright rectangles become plain boxes.
+
+    Raises:
+        ValueError: an odd count, or fewer than three corners.
+    """
+    if len(corners) < 6 or len(corners) % 2:
+        raise ValueError(f"corners should be x1, y1, x2, y2, … of at least three points, got {len(corners)} numbers")
+    x, y = corners[::2], corners[1::2]
     box = (min(x), min(y), max(x), max(y))
-    corners = list(zip(x, y))
-    upright = corners == [(box[0], box[1]), (box[2], box[1]), (box[2], box[3]), (box[0], box[3])]
-    return word(box, value, width, height, None if upright else corners)
+    points = list(zip(x, y))
+    upright = points == [(box[0], box[1]), (box[2], box[1]), (box[2], box[3]), (box[0], box[3])]
+    return word(box, value, width, height, None if upright else points)
+
+
+def words_of(items: Iterable[tuple[Sequence[float], str]], width: int, height: int, notes: Notes, illegible: Sequence[str] = ()) -> tuple[Word, ...]:
+    """Words by (corners, text); those that nobody could read, which a set may mark with a text of its own, are counted in the notes.
+
+    Raises:
+        ValueError: wrong corners, with the place of the word in the list.
+    """
+    words = []
+    for i, (corners, value) in enumerate(items):
+        if not isinstance(value, str):
+            raise ValueError(f"word {i}: its text should be text, got {str(value)[:40]}")
+        if is_illegible(value) or value in illegible:
+            notes.add(ILLEGIBLE)
+            continue
+        try:
+            words.append(slanted_word(corners, value, width, height))
+        except ValueError as error:
+            raise ValueError(f"word {i}, {value[:30]!r}: {error}") from error
+    return tuple(words)

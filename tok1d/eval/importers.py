@@ -1,4 +1,4 @@
-"""Annotations of data sets as manifests: TokBench (and back), ICDAR, WFLW, tar shards with a JSON file an image, plain folders.
+"""Annotations of data sets as manifests: TokBench (and back), the sets it is made of, tar shards with a JSON file an image, plain folders.
 
 Nothing is left out silently: what cannot be scored (illegible words, faces without landmarks) is counted in the manifest's notes, and
 what is wrong is an error that names file and line. Sizes are compared with the images themselves, as an image shows after its
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tok1d.errors import ImageError, TokError, UsageError
-from tok1d.eval.import_lists import icdar, wflw
+from tok1d.eval.import_documents import cord, docvqa, infographicvqa, textocr
+from tok1d.eval.import_lists import icdar, sroie, totaltext, wflw
 from tok1d.eval.import_tools import (
     ILLEGIBLE,
     Notes,
@@ -36,9 +37,9 @@ def import_manifest(kind: str, source: Path, images: Path | None = None) -> Mani
     """Read the annotations of a data set.
 
     Args:
-        kind: ``tokbench`` (a folder of ``text_<set>.json`` and ``face_meta.json``, or one such file), ``icdar`` (a folder of
-            ``gt_<image>.txt``), ``wflw`` (a list of faces), ``shards`` (tar files or a folder of them, a JSON file beside each
-            image) or ``folder`` (images without annotations).
+        kind: a key of :data:`KINDS`: ``tokbench`` (a folder of ``text_<set>.json`` and ``face_meta.json``, or one such file), the sets as
+            their authors publish them (``icdar``, ``totaltext``, ``textocr``, ``cord``, ``sroie``, ``docvqa``, ``infographicvqa``, ``wflw``),
+            ``shards`` (tar files or a folder of them, a JSON file beside each image) or ``folder`` (images without annotations).
         source: file or folder.
         images: folder of the images; looked for beside the annotations if None.
 
@@ -49,18 +50,15 @@ def import_manifest(kind: str, source: Path, images: Path | None = None) -> Mani
         UsageError: unknown kind, or images where there can be none.
         TokError: missing or wrong annotations or images, by file and line.
     """
-    kinds: dict[str, Callable[[Path, Path | None], Manifest]] = {
-        "tokbench": tokbench, "icdar": icdar, "wflw": wflw, "shards": lambda s, _: shards(s), "folder": lambda s, _: folder(s),
-    }  # fmt: skip
-    if kind not in kinds:
-        raise UsageError(f"annotations of kind {kind!r} are not known; there are {', '.join(kinds)}")
+    if kind not in KINDS:
+        raise UsageError(f"annotations of kind {kind!r} are not known; there are {', '.join(KINDS)}")
     if images is not None and kind in ("shards", "folder"):
         raise UsageError(f"--images: {kind} hold their images themselves")
     if not source.exists():
         raise TokError(f"{source}: no such file or folder of annotations")
     if images is not None and not images.is_dir():
         raise TokError(f"{images}: no such folder of images")
-    return kinds[kind](source.resolve(), None if images is None else images.resolve())
+    return KINDS[kind](source.resolve(), None if images is None else images.resolve())
 
 
 def folder(source: Path) -> Manifest:
@@ -260,3 +258,9 @@ def _shard_sample(sample: Sample, said: Mapping[str, Any], notes: Notes) -> Samp
     faces = to_sample({**row, "width": width, "height": height}).faces
     group = said["source"] if isinstance(said.get("source"), str) else sample.group
     return replace(sample, width=width, height=height, words=tuple(words), faces=faces, group=group)
+
+
+KINDS: dict[str, Callable[[Path, Path | None], Manifest]] = {
+    "tokbench": tokbench, "icdar": icdar, "totaltext": totaltext, "textocr": textocr, "cord": cord, "sroie": sroie, "docvqa": docvqa,
+    "infographicvqa": infographicvqa, "wflw": wflw, "shards": lambda source, _: shards(source), "folder": lambda source, _: folder(source),
+}  # fmt: skip
