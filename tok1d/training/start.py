@@ -26,6 +26,8 @@ def start_from(tokenizer: Tokenizer1D, source: str) -> None:
         found = hub.load(source)
     except TokError as error:
         raise ModelError(f"init_from {source}: cannot be loaded: {error}") from error
+    if tokenizer.halting is None:
+        found.halting = None  # it knows the weights that it was trained with, not those that will come
     here, there = tokenizer.state_dict(), found.state_dict()
     foreign = sorted(there.keys() - here.keys())
     reshaped = sorted(k for k in there.keys() & here.keys() if there[k].shape != here[k].shape)
