@@ -75,6 +75,9 @@ class TokenizerTask(lightning.LightningModule):
         if init_from:
             start_from(self.tokenizer, init_from)
         self.losses = nn.ModuleDict(losses or {})
+        for loss in self.losses.values():
+            if isinstance(loss, LatentLoss):
+                loss.attach(tokenizer)
         published = {**tokenizer.quantizer.loss_weights, **tokenizer.decoder.loss_weights}
         self.weights = {k: v for k, v in {**published, **(weights or {})}.items() if v}
         if not any(name in self.weights for name in tokenizer.quantizer.loss_weights):
@@ -155,16 +158,40 @@ class TokenizerTask(lightning.LightningModule):
         code = self.tokenizer.quantizer(self.tokenizer.encode_latents(images))
         for k in self.val_tokens:
             q = self.tokenizer.prefix_codes(code, k)
-            out = self.tokenizer.decode_latents(q, **self.sampling()).float().clamp(0, 1)
-            error = (out - images).square().flatten(1).mean(1).clamp(min=1e-10)
-            scores = {"psnr": (-10 * error.log10()).mean(), **self.scores(out, batch)}
-            if self.tokenizer.decoder.objective == "own":
-                draw = torch.Generator().manual_seed(batch_idx)  # the same times and noise at every validation
-                scores |= self.tokenizer.decoder.own_losses(q.to(self.tokenizer.dtype), None, images, draw)
-            for name, value in scores.items():
-                total = self._scores[f"val/{name}_{k}"]
-                total[0], total[1] = total[0] + value.item() * len(images), total[1] + len(images)
+            out = self.pictures(q, batch).float().clamp(0, 1)
+            scores = {"psnr": psnr(out, images), **self.scores(out, batch), **self.code_scores(q, batch, batch_idx)}
+            self.tally({f"{name}_{k}": value for name, value in scores.items()}, len(images))
         return {"ids": code.ids}
+
+    def tally(self, scores: dict[str, Tensor], rows: int) -> None:
+        """Count means over so many images into the means of this validation, logged as ``val/NAME``."""
+        for name, value in scores.items():
+            total = self._scores[f"val/{name}"]
+            total[0], total[1] = total[0] + value.item() * rows, total[1] + rows
+
+    def pictures(self, q: Tensor, batch: dict[str, Any]) -> Tensor:
+        """What codes look like.
+
+        Args:
+            q: float (B, n, D) codes of the first n tokens.
+            batch: of these images; a decoder may read more of it than the codes, such as ``text``.
+
+        Returns:
+            Float (B, 3, H, W), not clamped.
+        """
+        size = {"size": tuple(batch["image"].shape[-2:])} if self.tokenizer.any_size else {}
+        return self.tokenizer.decode_latents(q, **self.sampling(), **size, **self.conditions(batch))
+
+    def conditions(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the decoder reads of a batch beside the codes, by its options: ``text`` for decoders that take it."""
+        return {}
+
+    def code_scores(self, q: Tensor, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Further means over a batch that are taken of codes (B, n, D) rather than pictures: losses of a decoder that has its own."""
+        if self.tokenizer.decoder.objective != "own":
+            return {}
+        draw = torch.Generator().manual_seed(batch_idx)  # the same times and noise at every validation
+        return self.tokenizer.decoder.own_losses(q.to(self.tokenizer.dtype), None, batch["image"], draw)
 
     def scores(self, out: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Further means over a batch by log name.
@@ -256,8 +283,7 @@ class TokenizerTask(lightning.LightningModule):
 
     def _check(self) -> None:
         tokenizer = self.tokenizer
-        if not self.weights:
-            raise UsageError("weights: no loss has a weight, so nothing would be learned; give one, such as weights: {l1: 1.0}")
+        self._check_weights()
         for k in self.val_tokens:
             if k not in tokenizer.token_lengths:
                 raise UsageError(f"val_tokens: {tokenizer.name} has no {k} tokens, only {_span(tokenizer.token_lengths)}")
@@ -268,9 +294,19 @@ class TokenizerTask(lightning.LightningModule):
             if name not in known:
                 raise UsageError(f"compile: there is no module {name!r}; give names such as tokenizer.encoder or tokenizer.decoder")
 
+    def _check_weights(self) -> None:
+        if not self.weights:
+            raise UsageError("weights: no loss has a weight, so nothing would be learned; give one, such as weights: {l1: 1.0}")
+
     def _log_folder(self) -> Path | None:
         folder = None if self.trainer.fast_dev_run else self.trainer.log_dir
         return None if folder is None else Path(folder)
+
+
+def psnr(out: Tensor, target: Tensor) -> Tensor:
+    """Mean over images of their PSNR in dB, at most 100: float (B, 3, H, W) in [0, 1] twice → scalar."""
+    error = (out - target).square().flatten(1).mean(1).clamp(min=1e-10)
+    return (-10 * error.log10()).mean()
 
 
 def _hardware(device: torch.device) -> str:

@@ -69,7 +69,7 @@ class ReconstructionTask(TokenizerTask):
     def losses_of(self, batch: dict[str, Any], lengths: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         images = batch["image"]
         window = self._window(images, draw)
-        output = self.tokenizer(images, lengths, window=window, generator=draw)
+        output = self.tokenizer(images, lengths, window=window, generator=draw, **self.conditions(batch))
         found = {**output.losses, **self.latent_losses(output, batch)}
         if output.reconstruction is not None:
             target = images if window is None else _cut(images, window)
