@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tok1d.tokenizers.tokenizer import Tokenizer1D
+
 
 class ImageLoss(nn.Module):
     """Compares reconstructions with what they should be.
@@ -37,6 +39,9 @@ class ImageLoss(nn.Module):
 
 class LatentLoss(nn.Module):
     """Regularises encoder latents and codes; may hold a head that is trained with the tokenizer."""
+
+    def attach(self, tokenizer: Tokenizer1D) -> None:
+        """Called once by the task with the tokenizer it trains, whose blocks a loss may hook."""
 
     @abstractmethod
     def forward(self, z: Tensor, q: Tensor, mask: Tensor | None, images: Tensor, batch: dict[str, Any]) -> Tensor:
