@@ -58,7 +58,7 @@ def test_missing_path(tmp_path, name):
 def test_nothing_found_or_wrong_kind(tmp_path):
     with pytest.raises(ImageError, match=r"no images found under .*\.webp"):
         index_images([folder(tmp_path / "f", {"notes.txt": b"x"})])
-    with pytest.raises(ImageError, match="neither a folder, a .tar shard nor an image"):
+    with pytest.raises(ImageError, match="neither a folder, a .tar shard, a manifest .* nor an image"):
         index_images([folder(tmp_path, {"a.zip": b"x"}) / "a.zip"])
 
 
@@ -153,19 +153,22 @@ def test_broken_samples_are_counted_named_and_skipped(tmp_path, caplog):
     files |= {"001.png": b"not a png", "003.png": b"", "004.png": files["004.png"][:60]}
     photos = Photos(index_images([shard(tmp_path / "s.tar", files)]), 16)
     with caplog.at_level(logging.WARNING):
-        views = [photos[i] for i in range(6)] + [photos[i] for i in range(6)]
+        batches = [photos.__getitems__([0, 1, 2]), photos.__getitems__([3, 4, 5]), photos.__getitems__([2, 1, 0])]
     assert photos.broken.tolist() == [False, True, False, True, True, False]
     assert len(caplog.records) == 3 and "skipping 004" in caplog.text and "3 broken so far" in caplog.text
-    assert [v["key"] for v in views[:6]] == ["000", "002", "002", "005", "005", "005"]
-    images = [v["image"] for v in views]
-    assert torch.equal(images[1], images[2]) and torch.equal(images[3], images[5]) and torch.equal(images[4], images[5])
+    assert [b["key"] for b in batches] == [["000", "002"], ["005"], ["002", "000"]] and len(batches[0]["image"]) == 2
+    with pytest.raises(ImageError, match="001 of .*broken"):
+        photos[1]
+    with caplog.at_level(logging.WARNING):
+        assert photos.__getitems__([(3, 8), (4, 9)])["key"] == ["005"]
+    assert "held broken images only: 005 stands in" in caplog.text
 
 
 def test_a_set_of_broken_images_is_an_error(tmp_path):
     photos = Photos(index_images([folder(tmp_path, {"a.png": b"x", "b.png": b"y"})]), 16)
     for _ in range(2):
         with pytest.raises(ImageError, match="none of the 2 images can be read"):
-            photos[0]
+            photos.__getitems__([0])
 
 
 def test_iteration_ends(tmp_path):

@@ -1,75 +1,39 @@
-"""PhotoData: the Lightning data module behind ``tok fit``, and the same over images drawn by formula.
+"""Lightning data modules behind ``tok fit``: PhotoData (indexed photos), StreamData (shards too large to index), DrawnData.
 
 The order of samples and every crop follow from (seed, draw number), and the draw number from the batches the trainer has
-finished, so a resumed run sees exactly what the uninterrupted one would have seen.
+finished, so a resumed run sees exactly what the uninterrupted one would have seen. Batches are dicts (:mod:`tok1d.data.batches`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from tok1d.data.batches import collate
 from tok1d.data.drawn import DrawnImages
-from tok1d.data.photos import Photos, index_images
+from tok1d.data.facts import class_names, read_classes
+from tok1d.data.index import index_images
+from tok1d.data.order import StepSampler, spread, validation_batches
+from tok1d.data.photos import VIEWS, Photos, Views, as_they_are
+from tok1d.data.stream import ShardStream
+from tok1d.data.targets import Targets
 from tok1d.errors import UsageError
 from tok1d.extras import require
 
+__all__ = ["DrawnData", "PhotoData", "StepSampler", "StreamData", "spread"]
 lightning = require("lightning", "train")
 log = logging.getLogger(__name__)
-
-
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (sample, draw) pairs; every sample once an epoch, in an order that depends on the seed alone.
-
-    Args:
-        samples: size of the set.
-        batch: samples of one batch on this rank.
-        start: batches already consumed.
-        rank, ranks: every rank takes its share of each global batch.
-
-    Example:
-        >>> [[sample for sample, _ in batch] for batch, _ in zip(StepSampler(4, 2, seed=0), range(2))]
-        [[2, 0], [1, 3]]
-    """
-
-    def __init__(self, samples: int, batch: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> None:
-        self.samples, self.batch, self.seed, self.start, self.rank, self.ranks = samples, batch, seed, start, rank, ranks
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step, epoch, order = self.start, -1, np.empty(0, np.int64)
-        while True:
-            first = (step * self.ranks + self.rank) * self.batch
-            picks = []
-            for draw in range(first, first + self.batch):
-                if draw // self.samples != epoch:
-                    epoch = draw // self.samples
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
-                picks.append((int(order[draw % self.samples]), draw))
-            yield picks
-            step += 1
-
-
-def spread(items: list, count: int) -> list:
-    """``count`` evenly spaced items (all of them for 0 or more than there are).
-
-    Example:
-        >>> spread([0, 1, 2, 3, 4, 5], 3)
-        [0, 2, 4]
-    """
-    return items if not 0 < count < len(items) else [items[i * len(items) // count] for i in range(count)]
 
 
 class PhotoData(lightning.LightningDataModule):
     """Photos for training and validation.
 
     Args:
-        train: folders, .tar shards or image files.
+        train: folders (class folders and Hugging Face's imagefolder too), .tar shards, manifests or image files.
         val: the same for validation; empty for none.
-        size: side of the square crops.
+        size: side of the square views.
         area: share of the largest square that a training crop holds.
         batch_size: on each rank.
         val_batch_size: on each rank.
@@ -77,6 +41,11 @@ class PhotoData(lightning.LightningDataModule):
         workers: loader processes.
         cache: keep decoded training photos in memory (use with ``workers: 0``; every worker would keep its own).
         seed: of order and crops.
+        view: of training: ``crop`` (a random share, resized), ``window`` (a random square of ``size`` pixels as they are) or ``centre``.
+        mirror: mirror half of the training views, but never those of images with words.
+        classes: class names in the order of their numbers, or a JSON file of them; class folders in sorted order if None.
+        targets: folder of ``tok tokenize`` over ``train``: its views are served with the codes or latents made of them.
+        val_targets: the same over ``val``; the first view of each image is served.
     """
 
     def __init__(
@@ -91,55 +60,131 @@ class PhotoData(lightning.LightningDataModule):
         workers: int = 2,
         cache: bool = False,
         seed: int = 0,
+        view: str = "crop",
+        mirror: bool = True,
+        classes: list[str] | str | None = None,
+        targets: str | None = None,
+        val_targets: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 < area[0] <= area[1] <= 1:
             raise UsageError(f"data.area must be two rising shares in (0, 1], got {list(area)}")
         if min(size, batch_size, val_batch_size) < 1 or workers < 0:
             raise UsageError(f"data: size and batch sizes are at least 1, workers at least 0; got {size}, {batch_size}, {workers}")
+        if view not in VIEWS:
+            raise UsageError(f"data.view is one of {', '.join(VIEWS)}, got {view!r}")
         self.train, self.val = list(train), list(val or [])
         self.size, self.area, self.seed, self.cache = size, (area[0], area[1]), seed, cache
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.val_images, self.workers = val_images, workers
+        self.view, self.mirror, self.targets, self.val_targets = view, mirror, targets, val_targets
+        self.classes = read_classes(classes)
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
 
     def setup(self, stage: str) -> None:
         if self.train_set is None and stage == "fit":
-            self.train_set = Photos(index_images(self.train), self.size, self.area, self.seed, self.cache)
+            self.train_set = self._train_set()
         if self.val_set is None and self.val:
-            self.val_set = Photos(spread(index_images(self.val), self.val_images), self.size)
+            samples, target = index_images(self.val), None
+            if self.val_targets:
+                target = Targets(self.val_targets, samples, self.size, random=False)
+                samples = target.samples
+            chosen = spread(range(len(samples)), self.val_images)
+            at = None if target is None else lambda index, draw: target(chosen[index], draw)
+            self.val_set = Photos([samples[i] for i in chosen], self.size, classes=self.classes, target=at)
 
-    def train_dataloader(self) -> DataLoader:
-        assert self.train_set is not None and self.trainer is not None
+    def _train_set(self) -> Dataset:
+        samples, target = index_images(self.train), None
+        self.classes = class_names(samples) if self.classes is None else self.classes
+        if self.targets:
+            target = Targets(self.targets, samples, self.size, random=True)
+            samples = target.samples
+        return Photos(samples, self.size, self.area, self.seed, self.cache, self.view, self.mirror, self.classes, target)
+
+    def _position(self) -> tuple[int, int, int]:
+        """Batches finished, this rank, ranks."""
+        assert self.trainer is not None
         # Finished batches, not optimizer steps: with gradient accumulation the trainer's global_step counts the latter.
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        share = (self.trainer.global_rank, self.trainer.world_size)
-        sampler = StepSampler(len(self.train_set), self.batch_size, self.seed, done, *share)
-        return DataLoader(
-            self.train_set,
-            batch_sampler=sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
-        )
+        return done, self.trainer.global_rank, self.trainer.world_size
+
+    def _loader(self, data: Dataset, **order: Any) -> DataLoader:
+        assert self.trainer is not None
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(data, num_workers=self.workers, persistent_workers=self.workers > 0, pin_memory=on_gpu, **order)
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.train_set is not None
+        sampler = StepSampler(len(self.train_set), self.batch_size, self.seed, *self._position())
+        return self._loader(self.train_set, batch_sampler=sampler, collate_fn=_collate(self.train_set))
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_set is None:
             return []
-        share = range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size)
-        return DataLoader(Subset(self.val_set, share), batch_size=self.val_batch_size, num_workers=0)
+        _, rank, ranks = self._position()
+        batches = validation_batches(len(self.val_set), self.val_batch_size, rank, ranks)
+        return DataLoader(self.val_set, batch_sampler=batches, collate_fn=_collate(self.val_set))
 
     def describe(self) -> dict[str, Any]:
         """What a model card says of the training data; no paths."""
-        count = None if self.train_set is None else len(self.train_set)
+        count = len(self.train_set) if hasattr(self.train_set, "__len__") else None
         return {"images": count, "size": self.size, "area": list(self.area), "batch_size": self.batch_size, "seed": self.seed}
 
     def teardown(self, stage: str) -> None:
         for name, data in (("training", self.train_set), ("validation", self.val_set)):
-            broken = int(data.broken.sum()) if isinstance(data, Photos) else 0
+            broken = int(data.broken.sum()) if isinstance(data, Photos | ShardStream) else 0
             if broken:
-                log.warning("%d of %d %s images could not be read and were skipped", broken, len(data), name)
+                of = f" of {len(data)}" if isinstance(data, Photos) else ""
+                log.warning("%d%s %s images could not be read and were skipped", broken, of, name)
+
+
+def _collate(data: Dataset) -> Any:
+    """Photos make whole batches, so that broken images can be left out."""
+    return as_they_are if isinstance(data, Photos) else collate
+
+
+class StreamData(PhotoData):
+    """:class:`PhotoData` out of WebDataset shards too large to index; they are read in turn (:mod:`tok1d.data.stream`).
+
+    Args:
+        train: shards, folders of them, or patterns as ``train-{0000..0123}.tar``.
+        buffer: how many samples the shuffle may delay one.
+        resampled: draw random shards instead of reading all of them once an epoch.
+        lanes: shards read side by side, 0 for one a loader process of each rank; with a fixed number the same batches are made by
+            any number of ranks and processes that divides it.
+        val, size, area, batch_size, val_batch_size, val_images, workers, seed, view, mirror, classes: as :class:`PhotoData`.
+    """
+
+    def __init__(
+        self,
+        train: list[str],
+        val: list[str] | None = None,
+        size: int = 256,
+        area: tuple[float, float] = (0.35, 1.0),
+        batch_size: int = 8,
+        val_batch_size: int = 8,
+        val_images: int = 0,
+        workers: int = 2,
+        seed: int = 0,
+        view: str = "crop",
+        mirror: bool = True,
+        classes: list[str] | str | None = None,
+        buffer: int = 1000,
+        resampled: bool = False,
+        lanes: int = 0,
+    ) -> None:
+        super().__init__(train, val, size, area, batch_size, val_batch_size, val_images, workers, False, seed, view, mirror, classes)
+        self.buffer, self.resampled, self.lanes = buffer, resampled, lanes
+
+    def _train_set(self) -> Dataset:
+        views = Views(self.size, self.area, self.seed, self.view, self.mirror, classes=self.classes or ())
+        return ShardStream(self.train, views, self.batch_size, seed=self.seed, buffer=self.buffer, resampled=self.resampled, lanes=self.lanes)
+
+    def train_dataloader(self) -> DataLoader:
+        assert isinstance(self.train_set, ShardStream)
+        self.train_set.start, self.train_set.rank, self.train_set.ranks = self._position()
+        return self._loader(self.train_set, batch_size=None)
 
 
 class DrawnData(PhotoData):

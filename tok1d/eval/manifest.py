@@ -230,7 +230,7 @@ def of_images(paths: Sequence[Path], name: str) -> Manifest:
     from tok1d.data.photos import index_images
 
     samples, seen = [], set()
-    for key, file, offset, size in index_images(paths):
+    for key, file, offset, size, *_ in index_images(paths):
         stem = key if key not in seen else f"{Path(file).name}/{key}"
         seen.add(stem)
         path, alone = str(Path(file).resolve()), not file.endswith(".tar")
