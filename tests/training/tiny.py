@@ -70,7 +70,8 @@ class Recorder(lightning.Callback):
         self.batches.append(batch["image"].double().sum().item())
 
     def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(outputs["loss"].item())
+        if outputs:  # a calibration has no loss
+            self.losses.append(outputs["loss"].item())
 
 
 @dataclass

@@ -181,13 +181,18 @@ class RectifiedFlowDecoder(Decoder):
         if all(name in encoder.config and encoder.config[name] == self.config[name] for name in same):
             object.__setattr__(self, "_latents_of", encoder)  # not a submodule: it belongs to the tokenizer
 
+    @property
+    def vae_source(self) -> LatentEncoder | Encoder | None:
+        """What makes the latents of training: a VAE encoder of its own, else the encoder beside this decoder, if it has the same VAE."""
+        return self.vae_encoder if self.vae_encoder is not None else self._latents_of
+
     def latents(self, images: Tensor) -> Tensor:
         """Float (B, 3, H, W) in [0, 1] → float32 (B, C, h, w) scaled latents, without gradient.
 
         Raises:
             ModelError: there is no VAE encoder to make them.
         """
-        source = self.vae_encoder if self.vae_encoder is not None else self._latents_of
+        source = self.vae_source
         if source is None:
             raise ModelError(
                 "this flow decoder works in latents of a VAE whose encoder half it does not have. Train it beside a "

@@ -101,7 +101,7 @@ class TokenizerTask(lightning.LightningModule):
     # training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        batch, draw = _unit(batch), self._seed_step()
+        batch, draw = unit_batch(batch), self._seed_step()
         parts, stats = self.losses_of(batch, self.draw_lengths(len(batch["image"]), draw), draw)
         unknown = set(self.weights) - set(parts)
         if unknown:
@@ -151,7 +151,7 @@ class TokenizerTask(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor | None]:
         """PSNR and whatever :meth:`scores` adds, at every number of tokens validated."""
-        batch = _unit(batch)
+        batch = unit_batch(batch)
         images = batch["image"]
         if not len(images):  # of a rank that has no image to validate
             return {"ids": None}
@@ -315,7 +315,7 @@ def _hardware(device: torch.device) -> str:
     return f"{device.type.upper()}, {torch.get_num_threads()} threads"
 
 
-def _unit(batch: dict[str, Any]) -> dict[str, Any]:
+def unit_batch(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with float images in [0, 1]."""
     images = batch["image"]
     return {**batch, "image": images.float() / 255 if images.dtype == torch.uint8 else images}
