@@ -222,8 +222,13 @@ def test_two_runs_are_compared(measured, tok, model, tmp_path):
     by_bytes = tok("eval", "compare", tmp_path / "a", tmp_path / "b", "--match", "bytes")
     assert by_bytes.code == 0 and "k16 and s4" in by_bytes.out and "not comparable" in by_bytes.out
     measured("run", model, "--tokens", "2,4", out="d", measures="pixels")
-    refused = tok("eval", "compare", tmp_path / "a", tmp_path / "d")
-    assert refused.code == 2 and "measured differently" in refused.err and "measures.codes" in refused.err
+    part = tok("eval", "compare", tmp_path / "a", tmp_path / "d")
+    assert part.code == 0 and f"only {tmp_path / 'a'} measured codes" in part.err and "k4 and k4" in part.out
+    alone = tok("eval", "compare", tmp_path / "a", (tmp_path / "c" / "summary.json").rename(tmp_path / "c.json"))
+    assert alone.code == 0 and "no rows beside it" in alone.err and alone.out.startswith("\nBD-rate") and "+0.0 %" in alone.out
+    measured("run", model, "--tokens", "2,4", "--images", "3", out="e")
+    refused = tok("eval", "compare", tmp_path / "a", tmp_path / "e")
+    assert refused.code == 2 and "measured differently" in refused.err and "data.images: 5 ≠ 3" in refused.err
     none = tok("eval", "compare", tmp_path / "a", tmp_path)
     assert none.code == 1 and "no summary there" in none.err
 
@@ -292,7 +297,7 @@ def test_export(tok, tmp_path):
     assert done.code == 0 and done.out.splitlines() == [str(tmp_path / "out" / "annotations" / f"{n}.json") for n in ("face_meta", "text_drawn")]
     again = tok("eval", "import", "tokbench", tmp_path / "out", "-o", tmp_path / "again.jsonl")
     made = Manifest.load(tmp_path / "again.jsonl")
-    assert again.code == 0 and [len(s.words) for s in made.samples] == [1, 2, 2, 0, 0] and [len(s.faces) for s in made.samples] == [0, 0, 0, 1, 2]
+    assert again.code == 0 and [len(s.words) for s in made.samples] == [1, 2, 2, 0, 0] and [len(s.faces) for s in made.samples] == [0, 0, 0, 1, 1]
     assert tok("eval", "export", tmp_path / "data" / "images", "-o", tmp_path / "x").code == 1
 
 

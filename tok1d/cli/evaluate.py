@@ -83,7 +83,7 @@ def add_parsers(verbs: Any) -> None:
     _add_nets(stats)
 
     compare = options.add_verb(sub, "compare", run_compare, "paired differences and BD-rate of two runs on the same images")
-    compare.add_argument("a", type=Path)
+    compare.add_argument("a", type=Path, help="folder of a run, or a summary.json alone (no rows: no paired differences)")
     compare.add_argument("b", type=Path)
     compare.add_argument("--match", choices=("rate", "bytes"), default="rate", help="pair rates of one name, or of about the same bytes; default: rate")
     options.add_json(compare)
@@ -227,9 +227,13 @@ def run_compare(args: Namespace) -> int:
     if args.json:
         print(json.dumps(found))
         return 0
-    print(f"differences are {args.b} - {args.a}, mean (95 % interval over images)")
+    for note in () if args.quiet else found["notes"]:
+        say(note)
+    if any(pair["differences"] for pair in found["pairs"]):
+        print(f"differences are {args.b} - {args.a}, mean (95 % interval over images)")
     for pair in found["pairs"]:
-        print(f"\n{pair['a']} and {pair['b']}")
+        if pair["differences"]:
+            print(f"\n{pair['a']} and {pair['b']}")
         for column, d in pair["differences"].items():
             print(f"  {column:<14} {d['mean']:+.4g} ({d['low']:+.4g} to {d['high']:+.4g}), larger on {d['larger']:.0%} of {d['n']}")
     print("\nBD-rate")

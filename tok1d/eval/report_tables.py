@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from tok1d.eval.binned import BINS, Bins
-from tok1d.eval.compare import bd_rate
+from tok1d.eval.compare import Point, bd_of
 from tok1d.eval.measures import Row
 from tok1d.eval.report_data import Column, Run, as_value, binned
 from tok1d.eval.report_html import Value, cell, details, line, note, number, row_head, table, text_cell
@@ -162,16 +162,15 @@ def bd_tables(runs: Sequence[Run], found: Sequence[Column]) -> str:
     return "<h3>BD-rate</h3>" + _table(["curves, cost", *(c.title for c in quality)], rows) + note(said)
 
 
-def _points(run: Run, column: Column, cost: Callable[[Run, Row], float | None]) -> list[tuple[float, float]]:
-    held = [(cost(run, rate), column.find(rate)) for rate in run.rates]
-    return [(float(c), (-1 if column.better < 0 else 1) * v.mean) for c, v in held if c and v is not None and v.mean is not None]
+def _points(run: Run, column: Column, cost: Callable[[Run, Row], float | None]) -> list[Point]:
+    held = [(cost(run, rate), column.find(rate), rate["ok"]) for rate in run.rates]
+    return [Point(float(c), v.mean, ok if v.n is None else v.n) for c, v, ok in held if c and v is not None and v.mean is not None]
 
 
-def _delta(curves: list[list[tuple[float, float]]], column: Column, labels: tuple[str, str]) -> str:
+def _delta(curves: list[list[Point]], column: Column, labels: tuple[str, str]) -> str:
     if not all(curves):
         return text_cell(NOT_MEASURED, muted=True)
-    (ra, qa), (rb, qb) = (tuple(zip(*points)) for points in curves)
-    delta = bd_rate(ra, qa, rb, qb)
+    delta = bd_of(curves[0], curves[1], column.better)
     if delta.percent is None:
         reason = re.sub(r"\bcurve ([AB])\b", lambda m: labels["AB".index(m[1])], delta.reason)
         return text_cell(reason, muted=True, wrap=True)
