@@ -112,7 +112,7 @@ class OnnxEmbedder:
     size = SIDE
 
     def __init__(self, path: Path, name: str, licence: str, threshold: float | None, device: str | torch.device) -> None:
-        self.licence, self.threshold = licence, threshold
+        self.licence, self.threshold, self.path = licence, threshold, path
         model = read_onnx(path)
         # insightface's own rule: networks from MXNet begin with their normalisation, the others want it done before.
         within = {"Sub", "Mul"} <= {n.op_type for n in [n for n in model.graph.node if n.op_type not in ("DequantizeLinear", "Reshape", "Constant")][:8]}

@@ -194,7 +194,7 @@ class EasyOCR(BucketedCTC):
         network = package.Model(input_channel=1, output_channel=256, hidden_size=256, num_class=len(characters) + 1)
         network.load_state_dict(_state(path, network))
         # Channels last: its pooling and convolutions are 1.4 times as fast on a CPU.
-        network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.model = network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         super().__init__(lambda x: network(x.contiguous(memory_format=torch.channels_last), None), characters, device, buckets, batch)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         self.id = f"easyocr-{metadata.version('easyocr')}/english_g2@{digest}/h{HEIGHT}-w{'-'.join(map(str, self.buckets))}"

@@ -165,6 +165,10 @@ class TorchGraph:
         with one_thread(), ThreadPoolExecutor(min(threads, len(parts))) as pool:
             return torch.cat(list(pool.map(self._part, parts)))
 
+    def differentiable(self, x: Tensor) -> Tensor:
+        """Float (N, 3, H, W) on the graph's device → float (N, D) there, with gradient to ``x``; the batch is run as it is."""
+        return self._run(x.contiguous(memory_format=torch.channels_last))
+
     def _part(self, part: Tensor) -> Tensor:
         fill = part[-1:].expand(self.batch - len(part), -1, -1, -1)
         # TF32 would make similarities depend on the GPU's generation.

@@ -139,7 +139,8 @@ class Adversary:
         self.warmup_steps, self.final_lr, self.gradient_clip = warmup_steps, final_lr, gradient_clip
         self.lecam, self.r1, self.r1_every = lecam, r1, r1_every
         self.params = [p for p in discriminator.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in self.params if p.ndim > 1]}, {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0}]
+        plain = {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0}
+        groups = [{"params": [p for p in self.params if p.ndim > 1]}, plain]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), weight_decay=weight_decay)
         self.averages = torch.zeros(2)  # of mean logits of real and fake images
         self.steps = 0  # optimizer steps of the tokenizer
@@ -224,8 +225,8 @@ class Adversary:
             norm = torch.nn.utils.clip_grad_norm_(self.params, self.gradient_clip or math.inf)
             if not scaler.is_enabled() and not torch.isfinite(norm):
                 raise ModelError(
-                    f"the norm of the discriminator's gradient became {norm.item()} after step {self.steps}. Continue from a checkpoint with a "
-                    "lower learning rate of the adversary, or r1 above 0"
+                    f"the norm of the discriminator's gradient became {norm.item()} after step {self.steps}. Continue from a checkpoint "
+                    "with a lower learning rate of the adversary, or r1 above 0"
                 )
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * self._lr_factor(self.steps - self.start, max_steps - self.start)

@@ -80,7 +80,9 @@ class BlockReader:
         places = self.grid[0] * self.grid[1] if self.grid else 0
         first = self.leading if value.dim() == 3 and value.shape[1] != places else 0
         if value.dim() != 3 or not places or value.shape[1] < first + places:
-            raise ModelError(f"the block {self.block} returned {tuple(value.shape)}, which does not hold the decoder's places {self.grid}; name another block")
+            raise ModelError(
+                f"the block {self.block} returned {tuple(value.shape)}, which does not hold the decoder's places {self.grid}; name another block"
+            )
         return value[:, first : first + places], self.grid  # type: ignore[return-value]
 
 
@@ -112,12 +114,13 @@ class Teacher:
 class GridRelation(LatentLoss):
     """Places of a picture should resemble each other in the decoder as in the teacher.
 
-    Mean over images and pairs of places of ``relu(|cos(g_i, g_j) - cos(f_i, f_j)| - margin)``, with g the states of a decoder block and f the
-    teacher's patch features on the same grid. Gradient reaches the codes through the decoder, so tokens keep any order.
+    Mean over images and pairs of places of ``relu(|cos(g_i, g_j) - cos(f_i, f_j)| - margin)``, with g the states of a decoder block and
+    f the teacher's patch features on the same grid. Gradient reaches the codes through the decoder, so tokens keep any order.
 
     Args:
         model, weights, size: see :class:`tok1d.training.losses.features.Backbone`.
-        block: whose states; ``decoder.transformer`` is the end of a mask-token decoder, ``decoder.net.blocks.1`` the second block of a flow.
+        block: whose states; ``decoder.transformer`` is the end of a mask-token decoder, ``decoder.net.blocks.1`` the second block of a
+            flow.
         layer: of the teacher.
         margin: differences below it cost nothing; 0.25 in VA-VAE.
     """
@@ -146,8 +149,8 @@ class GridRelation(LatentLoss):
 class ImageRelation(LatentLoss):
     """Images should resemble each other in their codes as in the teacher.
 
-    Mean over pairs a ≠ b of images of all ranks of ``relu(|r_ab - s_ab| - margin)``. s is the cosine of the teacher's pooled features, less
-    their mean over the batch; r that of the codes of the tokens that both images kept, less each token's mean over the images
+    Mean over pairs a ≠ b of images of all ranks of ``relu(|r_ab - s_ab| - margin)``. s is the cosine of the teacher's pooled features,
+    less their mean over the batch; r that of the codes of the tokens that both images kept, less each token's mean over the images
     that kept it. Without the means all cosines are large, and codes would have to gather in a cone to match them.
 
     Args:

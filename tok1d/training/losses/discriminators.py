@@ -62,7 +62,7 @@ class TiTokDiscriminator(nn.Module):
     def __init__(self, width: int = 128, stages: int = 3, grid: int = 16, seed: int = 0) -> None:
         super().__init__()
         if width < 32 or width % 32 or stages < 1 or grid < 1:
-            raise UsageError(f"TiTok's discriminator needs a width that is a multiple of 32 and at least one stage, got width={width}, stages={stages}")
+            raise UsageError(f"TiTok's discriminator needs a width that is a multiple of 32 and a stage, got width={width}, stages={stages}")
         with seeded(seed):
             layers: list[nn.Module] = [nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(0.1)]
             before = width
