@@ -148,6 +148,7 @@ class Quantizer(Part):
         code_dim: width of codes, D unless the quantizer says otherwise (KL: latents are mean and variance, codes half).
         vocab_size: number of ids, or 0 for a continuous bottleneck.
         loss_weights: published weights of its losses by log name, for training that does not set its own.
+        picture_gradient: whether its parameters also learn from the gradient of the codes that it makes, without any loss of its own.
         whole: codes of any prefix of the tokens are codes for all latents (residual scales: late tokens refine all of them);
             else token i is the code of latent i.
     """
@@ -155,6 +156,7 @@ class Quantizer(Part):
     dim: int
     vocab_size: int
     loss_weights: dict[str, float] = {}  # noqa: RUF012
+    picture_gradient: bool = False
     whole: bool = False
 
     @property
@@ -199,12 +201,25 @@ class Decoder(Part):
         objective: what training compares: ``pixels`` (the picture it returns), or ``own``: pictures are sampled and
             training minimises :meth:`own_losses`.
         loss_weights: published weights of those losses by log name, for training that does not set its own.
+        painter: name of its last layer that learns, of decoders that return pictures.
     """
 
     dim: int
     options: tuple[str, ...] = ()
     objective: str = "pixels"
     loss_weights: dict[str, float] = {}  # noqa: RUF012
+    painter: str = ""
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of its last layer that learns, where losses of pictures compare their gradients.
+
+        Raises:
+            ModelError: it names none.
+        """
+        if not self.painter:
+            raise ModelError(f"{type(self).__name__} does not say which of its layers is the last that learns (painter)")
+        return self.get_submodule(self.painter).weight
 
     @property
     def stochastic(self) -> bool:

@@ -19,6 +19,7 @@ from tok1d.errors import ModelError
 from tok1d.extras import require
 from tok1d.tokenizers.blocks import check_range
 from tok1d.tokenizers.convolutions import Upsample
+from tok1d.tokenizers.quantizers.common import rank_rows
 
 PUBLISHED_CHANNELS = (128, 256, 512, 512)
 
@@ -129,7 +130,7 @@ class LatentEncoder(_Float32):
                 return x * self.scaling_factor
             mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
             if self.posterior == "sample":
-                noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+                noise = rank_rows(len(mean), lambda rows: torch.randn(rows, *mean.shape[1:], generator=generator)).to(mean.device)
                 mean = mean + (logvar.clamp(-30, 20) / 2).exp() * noise
             return mean * self.scaling_factor
 

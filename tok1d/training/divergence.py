@@ -6,13 +6,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from tok1d.disk import atomic_write
 from tok1d.errors import ModelError, TokError
+from tok1d.tokenizers.quantizers.common import sum_over_ranks
 from tok1d.training.ranks import gather, world
 
 FILE = "diverged.json"
@@ -49,8 +50,19 @@ class Watch:
         """A batch has been computed; nothing is copied from its device yet."""
         self.seen.append(Seen(number, list(keys), loss.detach(), {k: v.detach() for k, v in parts.items()}))
 
+    def forget(self) -> None:
+        """The step is taken."""
+        self.seen.clear()
+
+    def nan_losses(self) -> Tensor:
+        """Scalar, nan if a loss of any rank is, else 0; every rank must call it."""
+        if not self.seen:
+            return torch.zeros(())
+        losses = torch.stack([b.loss.float() for b in self.seen])
+        return sum_over_ranks(torch.where(losses.isnan(), losses, 0).sum())
+
     def check(self, norm: Tensor, folder: Path | None, step: int) -> None:
-        """Forget the batches if the norm of the gradient is finite.
+        """Go on if the norm of the gradient is finite.
 
         Args:
             norm: scalar, the same on all ranks.
@@ -60,17 +72,23 @@ class Watch:
         Raises:
             ModelError: it is not, on every rank; with the loss it came from and where the names of the images are.
         """
-        if torch.isfinite(norm):
-            self.seen.clear()
-            return
+        if not torch.isfinite(norm):
+            self.stop(f"the norm of the gradient became {norm.item()}", folder, step)
+
+    def stop(self, what: str, folder: Path | None, step: int) -> NoReturn:
+        """Raise the error; every rank must call it.
+
+        Args:
+            what: went wrong; a loss that is not finite is said instead.
+            folder, step: as :meth:`check`.
+        """
         rows = [{"rank": rank, **row} for rank, found in enumerate(gather([b.row() for b in self.seen])) for row in found]
         bad = next((row for row in rows if isinstance(row["loss"], str)), None)
-        what = f"the norm of the gradient became {norm.item()}"
         if bad is not None:
             what = f"the loss became {bad['loss']} ({', '.join(f'{k} {v}' for k, v in bad['losses'].items())})"
         where = ""
         if folder is not None:
-            where = _write(folder / FILE, {"step": step, "gradient_norm": _number(norm), "batches": rows})
+            where = _write(folder / FILE, {"step": step, "what": what, "batches": rows})
         raise ModelError(
             f"{what} after step {step}.{where} Checkpoints are from before; continue from one with a lower learning rate, "
             "a longer warm-up, or trainer.precision 32-true"

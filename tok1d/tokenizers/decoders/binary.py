@@ -43,6 +43,7 @@ class BinaryDecoder(Decoder):
     """
 
     options = ("size",)
+    painter = "to_pixels"
     norm: type[RMSNorm] = RMSNorm
 
     def __init__(

@@ -29,6 +29,7 @@ from tok1d.tokenizers.decoders.flow_sampler import (
 )
 from tok1d.tokenizers.flextok_blocks import check_trunk
 from tok1d.tokenizers.part import Decoder, Encoder
+from tok1d.tokenizers.quantizers.common import rank_rows
 from tok1d.tokenizers.vae import LatentDecoder, LatentEncoder, check_vae
 
 NOISES = ("uniform", "logit_normal", "mode")
@@ -206,9 +207,10 @@ class RectifiedFlowDecoder(Decoder):
     ) -> Flow:
         """One evaluation at random times with its target; arguments as :meth:`own_losses`."""
         clean = self.latents(images)
-        t = self.draw_times(len(clean), generator).to(clean.device)
-        noise = torch.randn(clean.shape, generator=generator, device="cpu").to(clean.device)
-        null = (torch.rand(len(clean), generator=generator, device="cpu") < self.null_prob).to(clean.device)
+        rows, shape = len(clean), clean.shape[1:]
+        t = rank_rows(rows, lambda n: self.draw_times(n, generator)).to(clean.device)
+        noise = rank_rows(rows, lambda n: torch.randn(n, *shape, generator=generator, device="cpu")).to(clean.device)
+        null = (rank_rows(rows, lambda n: torch.rand(n, generator=generator, device="cpu")) < self.null_prob).to(clean.device)
         weight = t[:, None, None, None]
         flow = self.net.flow(weight * noise + (1 - weight) * clean, t, q, mask, null)
         flow.target = noise - clean

@@ -25,6 +25,7 @@ from tok1d.tokenizers.blocks import check_range, init_weights
 from tok1d.tokenizers.convolutions import EPS, Upsample, norm_silu
 from tok1d.tokenizers.decoders.grid import MaskGrid
 from tok1d.tokenizers.part import Decoder
+from tok1d.tokenizers.quantizers.common import rank_rows
 
 
 class GenerativeDecoder(MaskGrid, Decoder):
@@ -50,6 +51,7 @@ class GenerativeDecoder(MaskGrid, Decoder):
     """
 
     options = ("seeds",)
+    painter = "conv_out"
 
     def __init__(
         self,
@@ -116,7 +118,7 @@ class GenerativeDecoder(MaskGrid, Decoder):
         """Float (B, Z, h, w) of the dtype and on the device of ``like``."""
         shape = self.noise_channels, *self.grid
         if seeds is None and self.training and torch.is_grad_enabled():
-            return torch.randn(batch, *shape, dtype=like.dtype, device=like.device)
+            return rank_rows(batch, lambda rows: torch.randn(rows, *shape, dtype=like.dtype, device=like.device))
         if self.noise == 0 or batch == 0:
             return like.new_zeros(batch, *shape)
         wanted = [0] * batch if seeds is None else seeds.tolist()

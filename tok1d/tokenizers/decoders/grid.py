@@ -85,6 +85,8 @@ class GridDecoder(MaskGrid, Decoder):
         torch.Size([2, 3, 64, 64])
     """
 
+    painter = "smooth"
+
     def __init__(
         self,
         tokens: int,

@@ -104,6 +104,7 @@ class SpectralDecoder(Decoder):
     """
 
     options = ("window",)
+    painter = "out"
 
     def __init__(
         self,

@@ -37,6 +37,8 @@ class VQGANDecoder(Decoder):
         torch.Size([2, 3, 32, 32])
     """
 
+    painter = "conv_out"
+
     def __init__(
         self,
         dim: int = 256,

@@ -66,6 +66,8 @@ class ProxyCodeDecoder(MaskGrid, Decoder):
             :class:`tok1d.tokenizers.decoders.vqgan.VQGANDecoder`.
     """
 
+    painter = "pixels.conv_out"
+
     def __init__(
         self,
         tokens: int,

@@ -16,7 +16,7 @@ from tok1d.errors import ModelError
 from tok1d.tokenizers.blocks import check_range, learned
 from tok1d.tokenizers.part import Quantizer, QuantizerOutput
 from tok1d.tokenizers.quantizers.binary import binary_output
-from tok1d.tokenizers.quantizers.common import token_mean
+from tok1d.tokenizers.quantizers.common import rank_rows, token_mean
 from tok1d.tokenizers.quantizers.packing import bits_to_tokens, tokens_to_bits
 
 
@@ -41,6 +41,8 @@ class BernoulliBits(Quantizer):
         >>> out.bits.shape, out.q.shape, bool((quantizer.codes_to_ids(out.q) == out.bits).all())
         (torch.Size([1, 3, 64]), torch.Size([1, 3, 96]), True)
     """
+
+    picture_gradient = True
 
     def __init__(
         self,
@@ -77,7 +79,8 @@ class BernoulliBits(Quantizer):
             logits = F.linear(z, self.proj.weight.float(), self.proj.bias.float())
             p = logits.sigmoid()
             if step:  # encoding with a model in training mode is not one
-                bits = torch.rand_like(logits) < (logits.detach() / self.temperature).sigmoid()
+                luck = rank_rows(len(logits), lambda rows: torch.rand(rows, *logits.shape[1:], device=logits.device))
+                bits = luck < (logits.detach() / self.temperature).sigmoid()
             else:
                 bits = logits > 0
             q = self._codes(bits + (p - p.detach()))  # exactly the bits, with the gradient of p

@@ -5,6 +5,8 @@ Shapes: B images, N tokens, K codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +17,24 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def rank_rows(rows: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """Random numbers of this rank's samples: drawn for those of all ranks, of which each takes its own.
+
+    With the same state of the generator on every rank (training steps see to that), several processes draw what one would
+    for their batches put together.
+
+    Args:
+        rows: samples of this rank; all ranks have as many.
+        draw: from a number of samples to a tensor with so many rows.
+
+    Example:
+        >>> rank_rows(2, torch.arange)
+        tensor([0, 1])
+    """
+    rank, ranks = world()
+    return draw(rows * ranks)[rank * rows : (rank + 1) * rows]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

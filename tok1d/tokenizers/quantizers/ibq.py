@@ -59,6 +59,8 @@ class IBQ(Quantizer):
         True
     """
 
+    picture_gradient = True
+
     def __init__(
         self,
         vocab_size: int,

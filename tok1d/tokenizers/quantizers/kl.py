@@ -16,6 +16,7 @@ from torch import Tensor
 from tok1d.errors import ModelError, TokenError
 from tok1d.tokenizers.blocks import check_range
 from tok1d.tokenizers.part import Quantizer, QuantizerOutput
+from tok1d.tokenizers.quantizers.common import rank_rows
 
 
 @dataclass
@@ -31,8 +32,9 @@ class Posterior:
     logvar: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw float32 (B, N, C)."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        """Draw float32 (B, N, C); ranks that share a batch draw different noise from one state of the generator."""
+        shape, device = self.mean.shape, self.mean.device
+        noise = rank_rows(len(self.mean), lambda rows: torch.randn(rows, *shape[1:], generator=generator, device=device))
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
@@ -79,7 +81,8 @@ class KL(Quantizer):
             if mask is not None:
                 z = z.masked_fill(~mask[..., None], 0)  # a unit Gaussian: its divergence is zero
             posterior = self.posterior(z)
-            q = posterior.sample() if self.training else posterior.mean
+            step = self.training and torch.is_grad_enabled()  # encoding with a model in training mode is not one
+            q = posterior.sample() if step else posterior.mean
             if mask is not None:
                 q = q.masked_fill(~mask[..., None], 0)
             kl = posterior.kl()

@@ -18,6 +18,7 @@ from tok1d.tokenizers.part import Quantizer, QuantizerOutput
 from tok1d.tokenizers.quantizers.common import (
     count_ids,
     kept_only,
+    rank_rows,
     rotated,
     straight_through,
     sum_over_ranks,
@@ -140,8 +141,8 @@ class ResidualVQ(Quantizer):
         if not (step and self.stage_dropout):
             return None
         batch = len(z)
-        count = torch.randint(1, self.stages + 1, (batch,))
-        count = torch.where(torch.rand(batch) < self.stage_dropout, count, self.stages).to(z.device)
+        count = rank_rows(batch, lambda rows: torch.randint(1, self.stages + 1, (rows,)))
+        count = torch.where(rank_rows(batch, torch.rand) < self.stage_dropout, count, self.stages).to(z.device)
         keep = z.new_ones(z.shape[:2], dtype=torch.bool) if mask is None else mask
         return [keep & (stage < count)[:, None] for stage in range(self.stages)]
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tok1d.tokenizers.quantizers.common import rank_rows
+
 # Pairs of rows and codes scored at a time: a CPU cache's worth, more where launches cost.
 PAIRS_CPU, PAIRS_GPU = 2**22, 2**25
 CODES_AT_A_TIME = 2**13  # while the copy of the codes is made
@@ -45,7 +47,7 @@ def nearest(rows: Tensor, book: Tensor, l2: bool = False, temperature: float = 0
         torch.mul(part, -2, out=into[:, :dim])
         into[:, dim] = part.square().sum(-1)
     # one number a row, drawn before: draws do not depend on how many rows are scored at a time
-    luck = torch.rand(len(rows), dtype=torch.float64, device=rows.device) if temperature else None
+    luck = rank_rows(len(rows), lambda n: torch.rand(n, dtype=torch.float64, device=rows.device)) if temperature else None
     step, ids = min(rows_at_a_time(rows.device, codes), max(len(rows), 1)), []
     room = torch.empty(step, codes, device=rows.device)
     for start in range(0, max(len(rows), 1), step):

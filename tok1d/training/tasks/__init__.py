@@ -1,8 +1,15 @@
 """Training tasks, one class for each recipe. A task is a straight-line step; models and losses work without it."""
 
+from tok1d.training.tasks.adversarial import AdversarialTask
 from tok1d.training.tasks.base import TokenizerTask
+from tok1d.training.tasks.binary import BinaryTask
 from tok1d.training.tasks.calibrate import CalibrationTask
 from tok1d.training.tasks.flow import FlowTask
+from tok1d.training.tasks.proxy import DecoderTask, ProxyCodeTask
 from tok1d.training.tasks.reconstruction import ReconstructionTask
+from tok1d.training.tasks.text import TextTask
 
-__all__ = ["CalibrationTask", "FlowTask", "ReconstructionTask", "TokenizerTask"]
+__all__ = [
+    "AdversarialTask", "BinaryTask", "CalibrationTask", "DecoderTask", "FlowTask", "ProxyCodeTask", "ReconstructionTask", "TextTask",
+    "TokenizerTask",
+]  # fmt: skip

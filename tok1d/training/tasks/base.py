@@ -80,7 +80,7 @@ class TokenizerTask(lightning.LightningModule):
                 loss.attach(tokenizer)
         published = {**tokenizer.quantizer.loss_weights, **tokenizer.decoder.loss_weights}
         self.weights = {k: v for k, v in {**published, **(weights or {})}.items() if v}
-        if not any(name in self.weights for name in tokenizer.quantizer.loss_weights):
+        if not (tokenizer.quantizer.picture_gradient or any(name in self.weights for name in tokenizer.quantizer.loss_weights)):
             tokenizer.quantizer.requires_grad_(False)  # nothing gives it gradients, and data parallelism must know
         self.lr, self.warmup_steps, self.final_lr = lr, warmup_steps, final_lr
         self.betas, self.weight_decay, self.seed, self.val_steps = betas, weight_decay, seed, val_steps
@@ -237,9 +237,19 @@ class TokenizerTask(lightning.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(params, math.inf if by_value or not gradient_clip_val else gradient_clip_val)
         if by_value:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # which skips such steps by itself
-        self.watch.check(torch.zeros(()) if scaled else norm, self._log_folder(), self.global_step)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.watch.check(norm, self._log_folder(), self.global_step)
+        else:  # a scaler skips steps whose gradients overflow; losses that are none would stay so
+            self.watch.check(self.watch.nan_losses(), self._log_folder(), self.global_step)
         self.log("train/grad_norm", norm)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Called once an optimizer step, after it."""
+        self.watch.forget()
 
     def _lr_factor(self, step: int) -> float:
         if step < self.warmup_steps:
