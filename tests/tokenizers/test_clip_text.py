@@ -38,11 +38,11 @@ def clip(tmp_path_factory):
         torch.nn.init.normal_(weight)
     model.save_pretrained(folder)
     yield str(folder)
-    clip_text._load.cache_clear()
+    clip_text.load_clip.cache_clear()
 
 
 def test_ids_are_padded_with_zero_after_the_end_token(clip):
-    tokenizer, _ = clip_text._load(clip)
+    tokenizer, _ = clip_text.load_clip(clip)
     ids = clip_ids(["A  &amp;#97;B\n", "", "c " * 50], tokenizer, 10)
     a, ab, c, start, end = 5, 8, 7, 9, 10
     assert ids.dtype == torch.int64
@@ -55,7 +55,7 @@ def test_last_hidden_state_after_the_norm_at_all_places(clip):
     prompts = ["a b", "c ab a"]
     features = text_features(prompts, clip)
     assert features.shape == (2, 10, 16) and features.dtype == torch.float32
-    tokenizer, encoder = clip_text._load(clip)
+    tokenizer, encoder = clip_text.load_clip(clip)
     # without its scale and shift, what a layer norm returns has mean 0 and variance 1
     norm = getattr(encoder, "text_model", encoder).final_layer_norm
     plain = (features - norm.bias) / norm.weight
@@ -83,7 +83,7 @@ def test_missing_extra_is_named(monkeypatch):
     def missing(module, extra):
         raise MissingExtraError(f"{module} belongs to the extra '{extra}'")
 
-    clip_text._load.cache_clear()
+    clip_text.load_clip.cache_clear()
     monkeypatch.setattr(clip_text, "require", missing)
     with pytest.raises(MissingExtraError, match="transformers belongs to the extra 'text'"):
         text_features(["a"])

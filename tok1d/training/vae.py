@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 from tok1d import hub
 from tok1d.errors import ModelError, TokError
-from tok1d.tokenizers.official.read import Published, read
+from tok1d.sources import CONFIG, OUR_WEIGHTS
+from tok1d.tokenizers.official.read import Published, read, read_config
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.tokenizers.vae import LatentDecoder, LatentEncoder
 
@@ -25,7 +28,7 @@ def load_vae(tokenizer: Tokenizer1D, source: str) -> None:
     if not halves:
         raise ModelError(f"vae {source}: {tokenizer.name} works on pixels (vae_channels: null); leave vae out, or set vae_channels")
     try:
-        published = read(hub.find(source).path)
+        published = _read(hub.find(source).path)
     except TokError as error:
         raise ModelError(f"vae {source}: cannot be loaded: {error}") from error
     for name, half in halves.items():
@@ -39,6 +42,13 @@ def load_vae(tokenizer: Tokenizer1D, source: str) -> None:
                 "vae_layers and latent_channels of that VAE (block_out_channels, layers_per_block, latent_channels in its config.json)"
             )
         half.load_state_dict({k: published.state[k] for k in wanted})
+
+
+def _read(path: Path) -> Published:
+    """A file, or diffusers' folder, whose file is named as those of our own models."""
+    if not (path / OUR_WEIGHTS).is_file():
+        return read(path)
+    return replace(read(path / OUR_WEIGHTS), config=read_config(path / CONFIG) if (path / CONFIG).is_file() else {})
 
 
 def _check_scale(source: str, published: Published, name: str, half: LatentEncoder | LatentDecoder) -> None:

@@ -38,7 +38,7 @@ def text_features(prompts: list[str], model: str = CLIP) -> Tensor:
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TokenError(f'prompts must be a list of strings, one an image, got {prompts!r:.100}. Write ["A photo of a cat."]')
-    tokenizer, encoder = _load(model)
+    tokenizer, encoder = load_clip(model)
     return encoder(input_ids=clip_ids(prompts, tokenizer, encoder.config.max_position_embeddings)).last_hidden_state
 
 
@@ -58,7 +58,8 @@ def clip_ids(prompts: list[str], tokenizer: Any, length: int = 77) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(model: str) -> tuple[Any, Any]:
+def load_clip(model: str) -> tuple[Any, Any]:
+    """Tokenizer and frozen text tower of a CLIP model, kept for the next call; arguments and errors as :func:`text_features`."""
     transformers = require("transformers", "text")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
