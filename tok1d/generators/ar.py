@@ -9,6 +9,7 @@ Shapes: B rows, P places of the condition, N tokens, W width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from tok1d.generators.heads import Softmax, TokenHead, zero_linear
 from tok1d.generators.sampling import flip, uniforms
 from tok1d.generators.space import TokenSpace
 from tok1d.generators.trunk import Trunk
+from tok1d.tokenizers.blocks import check_range
 from tok1d.tokenizers.lengths import TailDrop
 from tok1d.tokenizers.quantizers.common import token_mean
 from tok1d.tokens import TokenSequence
@@ -79,6 +81,7 @@ class AutoregressiveGenerator(Generator):
             raise ModelError(f"{space.tokenizer} has rows of {space.tokens} tokens only; variable={variable!r} needs several lengths")
         if head is not None and not isinstance(head, TokenHead):
             raise ModelError(f"head must be a TokenHead, got {type(head).__name__}")
+        check_range("width", width, 1, 16384)  # before anything is allocated
         condition.attach(width)
         self.trunk = Trunk(width, depth, condition.places + space.tokens, heads, hidden, positions)
         self.head = Softmax() if head is None else head
@@ -113,7 +116,7 @@ class AutoregressiveGenerator(Generator):
             asked = mask | ends
             asked[:, 0] = False
             losses["stop"] = token_mean(nats, asked, step)
-        return losses, {"perplexity": token.detach().exp()}
+        return losses, {"bits_per_token": token.detach() / math.log(2)}
 
     def states(self, given: Given, data: Tensor, lengths: Tensor | None = None, noise: Chance | None = None) -> Tensor:
         """What predicts each token, all at once.
@@ -194,6 +197,8 @@ class AutoregressiveGenerator(Generator):
         data = torch.zeros(rows, tokens, *self.space.shape, dtype=self.space.dtype, device=self.device)
         lengths = torch.full((rows,), tokens, device=self.device)
         alive = torch.ones(rows, dtype=torch.bool, device=self.device)
+        if known == tokens:
+            return self.space.sequence(prefix)
         if known:
             data[:, :known] = prefix
             front = torch.cat([front, self.head.embed(prefix).repeat(many, 1, 1)], dim=1)

@@ -13,7 +13,7 @@ class KVCache:
     """A static cache (L, 2, B, h, S, d) with one pointer.
 
     Every layer appends the same new positions, then :meth:`advance` moves the pointer. Attention reads a view up to the
-    pointer, so no mask over empty places is needed.
+    pointer, so no mask over empty places is needed. For inference: gradients do not pass through it.
 
     Args:
         layers, rows, heads, places, head_width: L, B, h, S, d.

@@ -153,8 +153,8 @@ class ClassCondition(Condition):
             raise TokenError(f"this generator takes one of {self.classes} classes, not a text, got text={text!r:.100}. Give label=")
         if label is None:
             raise TokenError(f"this generator needs a class: label=0..{self.classes - 1}, or -1 for none in particular")
-        one = isinstance(label, int | str) or (isinstance(label, Tensor) and label.ndim == 0)
-        found = [self.index(value) for value in ([label] if one else label)]
+        many = isinstance(label, list | tuple) or (isinstance(label, Tensor) and label.ndim == 1)
+        found = [self.index(value) for value in (label if many else [label])]
         if len(found) not in (1, rows):
             raise TokenError(f"label must be one class, or one for each of the {rows} rows, got {len(found)}")
         return {"label": torch.tensor(found * (rows // len(found)))}
