@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tok1d.errors import ImageError, ModelError, TokError
 from tok1d.eval.manifest import Face, Manifest, Sample
-from tok1d.eval.onnx_net import one_thread, open_graph, read_onnx
+from tok1d.eval.onnx_net import open_graph, read_onnx
+from tok1d.eval.threads import one_thread
 from tok1d.extras import require
 from tok1d.licences import VARIABLE, LicenceNotice
 

@@ -22,9 +22,9 @@ from tok1d.eval.face_nets import Embedder
 from tok1d.eval.gallery import Crops
 from tok1d.eval.manifest import Face, Sample, landmarks
 from tok1d.eval.measures import Batch, Measure, Row, State
-from tok1d.eval.onnx_net import one_thread
 from tok1d.eval.systems import Pictures, Rate
 from tok1d.eval.text import partners
+from tok1d.eval.threads import one_thread
 from tok1d.eval.view import restore
 
 __all__ = [

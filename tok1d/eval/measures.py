@@ -1,6 +1,6 @@
 """Measures: what is computed of every picture, in one pass over the data.
 
-A measure sees a batch of originals once and its pictures once a rate. It returns values an image (columns of the image table),
+A measure sees a batch of originals with its pictures at all rates. It returns values an image (columns of the image table),
 rows an instance (words, faces), and states that add up over chunks, ranks and resumed runs. Sums are exact — features are first
 rounded to a grid of 2⁻¹² — so the same images give the same numbers to the last bit however they were shared.
 Shapes: views and pictures are uint8 (B, 3, S, S).
@@ -61,6 +61,11 @@ class Measure:
         """What its numbers depend on: network ids, settings."""
         return {}
 
+    def see(self, batch: Batch, rates: Sequence[Pictures]) -> list[dict[str, list[float | None]]]:
+        """See a batch and its pictures at all rates; values by column, one an image, for each rate."""
+        self.originals(batch)
+        return [self.pictures(batch, pictures) for pictures in rates]
+
     def originals(self, batch: Batch) -> None:
         """See a batch before its pictures."""
 
@@ -102,9 +107,11 @@ class Pixels(Measure):
 
     def pictures(self, batch: Batch, pictures: Pictures) -> dict[str, list[float | None]]:
         a, b = batch.views, pictures.images
-        columns = {"mae": pixel.mae(a, b), "psnr": pixel.psnr(a, b).clamp(max=100), "ssim": pixel.ssim(a, b)}
+        columns = {"mae": pixel.mae(a, b), "psnr": pixel.psnr(a, b).clamp(max=100)}
         if min(a.shape[-2:]) >= pixel.MS_SSIM_LEAST:
-            columns["ms_ssim"] = pixel.ms_ssim(a, b)
+            columns["ssim"], columns["ms_ssim"] = pixel.ssim_and_ms_ssim(a, b)
+        else:
+            columns["ssim"] = pixel.ssim(a, b)
         return {name: values.tolist() for name, values in columns.items()}
 
 
@@ -119,25 +126,16 @@ class Perceptuals(Measure):
     name = "perceptual"
 
     def __init__(self, nets: Sequence[str] = ("lpips_vgg", "lpips_alex"), device: str | torch.device = "cpu") -> None:
-        from tok1d.eval.perceptual import Distance
+        from tok1d.eval.perceptual_pass import Distances
 
-        self.device = torch.device(device)
-        self.nets = [Distance(name, self.device) for name in nets]
-        self._originals: list[list[Tensor]] = []
+        self.distances = Distances(nets, device)
 
     def describe(self) -> dict[str, Any]:
-        return {"nets": sorted(net.name for net in self.nets)}
+        return {"nets": sorted(self.distances.names)}
 
-    def originals(self, batch: Batch) -> None:
-        views = batch.views.to(self.device).float() / 255
-        self._originals = [net.features(views) for net in self.nets]
-
-    def pictures(self, batch: Batch, pictures: Pictures) -> dict[str, list[float | None]]:
-        images = pictures.images.to(self.device).float() / 255
-        return {
-            net.name: net.compare(original, net.features(images)).double().cpu().tolist()
-            for net, original in zip(self.nets, self._originals)
-        }
+    def see(self, batch: Batch, rates: Sequence[Pictures]) -> list[dict[str, list[float | None]]]:
+        found = self.distances(batch.views, [pictures.images for pictures in rates])
+        return [{name: values[i].tolist() for name, values in found.items()} for i in range(len(rates))]
 
 
 class Features(Measure):

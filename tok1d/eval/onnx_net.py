@@ -8,9 +8,9 @@ depend on the company. Graphs with other operators go to onnxruntime. Shapes: pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tok1d.errors import MissingExtraError, ModelError
+from tok1d.eval.threads import one_thread
 from tok1d.extras import require
 
 Step = Callable[..., Tensor]
@@ -100,17 +101,6 @@ def _dequantize(inputs: list[NDArray[Any]], options: dict[str, Any]) -> NDArray[
         return x.reshape([-1 if i == axis % q.ndim else 1 for i in range(q.ndim)]) if x.ndim == 1 and x.size > 1 else x
 
     return (q - spread(zero)) * spread(scale)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch's operators run on the thread that calls them, for as long as this lasts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class TorchGraph:

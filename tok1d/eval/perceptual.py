@@ -7,12 +7,10 @@ their SHA-256 and read by an unpickler that can build nothing but numpy arrays).
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import io
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,60 +143,3 @@ class Perceptual:
         with torch.no_grad():
             wanted = self.features(reference)
         return self.compare(self.features(images), wanted)
-
-
-@functools.lru_cache(maxsize=2)
-def lpips_distance(net: str = "vgg") -> Callable[[Tensor, Tensor], Tensor]:
-    """A cached :class:`Perceptual` for measuring, without gradient: two float (B, 3, H, W) in [0, 1] → (B,)."""
-    return torch.no_grad()(Perceptual(net))
-
-
-class Distance:
-    """One perceptual distance that looks at an original once and at its pictures many times.
-
-    Args:
-        name: ``lpips_vgg``, ``lpips_alex`` or ``dists``.
-        device: where it runs.
-    """
-
-    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        if name not in ("lpips_vgg", "lpips_alex", "dists"):
-            raise ModelError(f"perceptual distances are lpips_vgg, lpips_alex and dists; got {name!r}")
-        self.name = name
-        self.lpips = Perceptual(name.removeprefix("lpips_")) if name != "dists" else None
-        self.dists = load_dists() if name == "dists" else None
-        module = self.lpips.model if self.lpips is not None else self.dists
-        assert module is not None
-        module.to(device)
-
-    @torch.inference_mode()
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Float (B, 3, H, W) in [0, 1] → what :meth:`compare` takes."""
-        if self.lpips is not None:
-            return self.lpips.features(images)
-        return self.dists.forward_once(images)  # type: ignore[union-attr, operator, return-value]
-
-    @torch.inference_mode()
-    def compare(self, original: list[Tensor], picture: list[Tensor]) -> Tensor:
-        """Features of both → float (B,)."""
-        if self.lpips is not None:
-            return self.lpips.compare(picture, original).reshape(-1)
-        return _dists(self.dists, original, picture)  # type: ignore[arg-type]
-
-
-def _dists(net: nn.Module, a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """1 - weighted mean over channels of the similarity of means and of the correlation (DISTS, equations 3 to 6)."""
-    alpha, beta = net.alpha.flatten(), net.beta.flatten()
-    total = (alpha.sum() + beta.sum()).double()
-    value, start = torch.zeros(len(a[0]), dtype=torch.float64, device=a[0].device), 0
-    for x, y in zip(a, b, strict=True):
-        channels = x.shape[1]
-        mx, my = x.mean((2, 3)), y.mean((2, 3))
-        vx, vy = ((t - m[..., None, None]).square().mean((2, 3)) for t, m in ((x, mx), (y, my)))
-        covariance = (x * y).mean((2, 3)) - mx * my
-        means = (2 * mx * my + 1e-6) / (mx.square() + my.square() + 1e-6)
-        shapes = (2 * covariance + 1e-6) / (vx + vy + 1e-6)
-        weights = alpha[start : start + channels], beta[start : start + channels]
-        value += (weights[0] * means + weights[1] * shapes).double().sum(1) / total
-        start += channels
-    return 1 - value

@@ -146,12 +146,10 @@ def _chunk(
         if not good:
             continue
         batch = Batch([s for s, _ in good], torch.stack([v for _, (_, v, _) in good]), [g for _, (_, _, g) in good], [i for _, (i, _, _) in good], protocol)
-        for measure in measures:
-            measure.originals(batch)
-        for pictures in system.reconstruct(batch.views, [s.id for s in batch.samples]):
-            columns: dict[str, list[float | None]] = {}
-            for measure in measures:
-                columns |= measure.pictures(batch, pictures)
+        rates = list(system.reconstruct(batch.views, [s.id for s in batch.samples]))
+        found_by = [measure.see(batch, rates) for measure in measures]
+        for number, pictures in enumerate(rates):
+            columns = {name: values for found in found_by for name, values in found[number].items()}
             for measure in measures:
                 measure.after(batch, pictures, columns)
             pixels = protocol.size**2
