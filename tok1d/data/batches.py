@@ -43,8 +43,9 @@ def make_sample(key: str, image: NDArray[np.uint8], facts: Facts, window: Window
     if "text" in fields:
         sample["text"] = choose_text(facts.texts, draw)
     if "words" in fields:
-        quads, inside = carry(torch.tensor([q for q, _ in facts.words], dtype=torch.float32).reshape(-1, 4, 2), window, size)
-        sample["words"] = quads[inside], [text for (_, text), keep in zip(facts.words, inside.tolist()) if keep]
+        words = () if window.mirror else facts.words  # mirrored letters are no letters
+        quads, inside = carry(torch.tensor([q for q, _ in words], dtype=torch.float32).reshape(-1, 4, 2), window, size)
+        sample["words"] = quads[inside], [text for (_, text), keep in zip(words, inside.tolist()) if keep]
     if "faces" in fields:
         points, inside = carry(torch.tensor(facts.faces, dtype=torch.float32).reshape(-1, 5, 2), window, size)
         sample["faces"] = points[inside][:, FACE_MIRRORED] if window.mirror else points[inside]

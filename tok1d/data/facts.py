@@ -88,7 +88,10 @@ def of_row(row: Any, known: Facts = NOTHING) -> Facts:
     name = "" if label not in (None, "") else name
     texts = next((row[k] for k in ("captions", "caption", "text") if row.get(k)), known.texts)
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
-    words = [(tuple(map(float, w["quad"])), w["text"]) for w in row.get("words") or () if w.get("legible", True)]
+    try:
+        words = [(tuple(map(float, w["quad"])), w["text"]) for w in row.get("words") or () if w.get("legible", True)]
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"a word is an object with text and quad ({error})") from error
     faces = [tuple(float(c) for point in face for c in point) for face in row.get("face_points") or ()]
     if not (isinstance(name, str) and all(isinstance(t, str) for t in (*texts, *(w[1] for w in words)))):
         raise ValueError("class names, captions and words are texts")

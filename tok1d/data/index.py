@@ -133,7 +133,7 @@ def scan_shard(path: Path) -> tuple[list[Sample], str | None]:
             # Python's reader takes a damaged header for the end of the archive; the end proper is a block of zeros.
             with open(path, "rb") as file:
                 file.seek(end)
-                if file.read(BLOCK).strip(b"\0"):
+                if (mark := file.read(BLOCK)).strip(b"\0") or not mark:  # nothing at all: cut off between two members
                     damage = f"{path} is damaged after its member {len(members)} (byte {end})"
     except (tarfile.TarError, OSError, ValueError) as error:
         damage = f"{path} is damaged after its member {len(members)}: {error}" if members else f"{path} is not a readable uncompressed tar shard: {error}"
