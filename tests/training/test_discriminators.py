@@ -113,13 +113,13 @@ def test_frozen_features_learn_in_their_heads_only(weights: str) -> None:
 
 
 def test_a_discriminator_learns_to_tell_two_sets_apart() -> None:
-    adversary, generator = Adversary(TiTokDiscriminator(32, 1, 4), lr=1e-2), torch.Generator().manual_seed(0)
+    adversary, generator = Adversary(TiTokDiscriminator(32, 1, 4), lr=3e-3, gradient_clip=0), torch.Generator().manual_seed(0)
     losses = []
-    for _ in range(8):
+    for _ in range(16):
         real = torch.rand(4, 3, 16, 16, generator=generator)
-        fake = F.avg_pool2d(real, 3, 1, 1) * 0.5
+        fake = F.avg_pool2d(real, 3, 1, 1)
         losses.append(adversary.backward(real, fake)["discriminator"].item())
-        adversary.step(8)
+        adversary.step(16)
     assert losses[0] > 0.8
     assert losses[-1] < 0.5 * losses[0]
 

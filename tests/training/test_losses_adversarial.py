@@ -22,6 +22,7 @@ from tok1d.training.losses.adversarial import (
     gradient_penalty,
     lecam,
 )
+from tok1d.training.losses.alignment import all_rows, image_relation
 
 
 def small(seed: int = 0) -> nn.Module:
@@ -277,13 +278,17 @@ def _rank(rank: int, folder: str) -> None:
         adversary.step(4)
     picture = real * last
     weight = adaptive_weight((picture - fake).square().mean(), picture.sin().mean(), last)
-    torch.save({"weights": weights(adversary), "averages": adversary.averages, "lecam": found[-1]["lecam"], "adaptive": weight}, f"{folder}/{rank}.pt")
+    x = (torch.arange(12.0).view(4, 3).cos()[rows]).requires_grad_(True)
+    every = all_rows(x)
+    image_relation(every).cos().sum().backward()
+    saved = {"weights": weights(adversary), "averages": adversary.averages, "lecam": found[-1]["lecam"], "adaptive": weight, "rows": every.detach()}
+    torch.save((saved, x.grad / 2), f"{folder}/{rank}.pt")  # data parallelism divides gradients by the ranks
     dist.destroy_process_group()
 
 
 def test_two_ranks_are_one_on_the_whole_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    (a, upper), (b, lower) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
     adversary, last, found = Adversary(small(), lr=1e-2, lecam=2.0, r1=1.0, r1_every=2), nn.Parameter(torch.ones(3, 1, 1)), [dict[str, Any]()]
     for step in range(4):
@@ -297,3 +302,7 @@ def test_two_ranks_are_one_on_the_whole_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(a["lecam"], found[-1]["lecam"], atol=1e-7, rtol=1e-4)
     torch.testing.assert_close(a["adaptive"], weight, atol=1e-6, rtol=1e-5)
     assert a["lecam"] > 0
+    x = torch.arange(12.0).view(4, 3).cos().requires_grad_(True)  # relations are of the images of all ranks, too
+    image_relation(x).cos().sum().backward()
+    assert torch.equal(a["rows"], x.detach())
+    torch.testing.assert_close(torch.cat([upper, lower]), x.grad, atol=1e-6, rtol=1e-5)
