@@ -163,5 +163,5 @@ def test_refusals(weights: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="augmentations are color, translation, cutout; got blur"):
         FeatureDiscriminator("test_vit", None, weights, augment=["blur"])
     for make in (lambda: TiTokDiscriminator(48), lambda: PatchDiscriminator(norm="batch"), lambda: FeatureDiscriminator("test_vit", None, weights, width=12)):
-        with pytest.raises(UsageError, match="multiple of|group or none"):
+        with pytest.raises(UsageError, match="multiple of|steps of|group or none"):
             make()

@@ -62,7 +62,7 @@ class TiTokDiscriminator(nn.Module):
     def __init__(self, width: int = 128, stages: int = 3, grid: int = 16, seed: int = 0) -> None:
         super().__init__()
         if width < 32 or width % 32 or stages < 1 or grid < 1:
-            raise UsageError(f"TiTok's discriminator needs a width that is a multiple of 32 and a stage, got width={width}, stages={stages}")
+            raise UsageError(f"TiTok's discriminator needs a width in steps of 32 and a stage, got width={width}, stages={stages}")
         with seeded(seed):
             layers: list[nn.Module] = [nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(0.1)]
             before = width
@@ -95,7 +95,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, width: int = 64, layers: int = 3, norm: str = "group", seed: int = 0) -> None:
         super().__init__()
         if norm not in ("group", "none") or width < 1 or layers < 1:
-            raise UsageError(f"PatchGAN's norm is group or none, width and layers are 1 or more; got norm={norm!r}, width={width}, layers={layers}")
+            raise UsageError(f"PatchGAN takes norm group or none, width and layers from 1; got norm={norm!r}, width={width}, layers={layers}")
         sizes = [width * min(2**i, 8) for i in range(layers + 1)]
         with seeded(seed):
             found: list[nn.Module] = [nn.Conv2d(3, sizes[0], 4, 2, 1), nn.LeakyReLU(0.2)]
