@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from tests.eval.test_faces import picture, points, tiny_network
 from tok1d.errors import ModelError, UsageError
 from tok1d.eval.face_align import align
-from tok1d.eval.face_nets import InsightFace, SFace
+from tok1d.eval.face_nets import OnnxEmbedder, SFace
 from tok1d.eval.ocr import EasyOCR, height_64
 from tok1d.eval.words import crop_word
 from tok1d.training.losses import boxes
@@ -57,9 +56,9 @@ def noisy(images: Tensor, sigma: float = 0.3) -> Tensor:
 
 
 def descend(loss: Any, picture: Tensor, target: Tensor, batch: dict[str, Any], rate: float) -> tuple[list[float], Tensor]:
-    """Losses along four steps of one size in every pixel, and the picture with its last gradient."""
+    """Losses along three steps of one size in every pixel, and the picture with its last gradient."""
     values = []
-    for _ in range(4):
+    for _ in range(3):
         picture.grad = None
         value = loss(picture, target, batch)
         value.backward()
@@ -221,15 +220,12 @@ def test_faces_are_aligned_as_the_evaluator_aligns_them() -> None:
 
 
 @pytest.fixture(scope="module")
-def embedder(tmp_path_factory: pytest.TempPathFactory) -> InsightFace:
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> OnnxEmbedder:
     """A small network with random weights that any machine with onnx can run."""
-    path = tiny_network(tmp_path_factory.mktemp("net") / "tiny.onnx")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return InsightFace(path, accept_license=True)
+    return OnnxEmbedder(tiny_network(tmp_path_factory.mktemp("net") / "tiny.onnx"), "tiny", "none", None, "cpu")
 
 
-def test_face_loss_is_one_minus_the_evaluators_cosine(embedder: InsightFace) -> None:
+def test_face_loss_is_one_minus_the_evaluators_cosine(embedder: OnnxEmbedder) -> None:
     target, batch = face_batch()
     picture = noisy(target, 0.2).detach().clamp(0, 1).mul(255).round()  # bytes, for the evaluator
     index = batch["face_image"].tolist()
@@ -244,7 +240,7 @@ def test_face_loss_is_one_minus_the_evaluators_cosine(embedder: InsightFace) -> 
     assert FaceLoss(embedder)(target, target, batch).abs() < 1e-6
 
 
-def test_gradient_of_a_face_is_that_of_finite_differences(embedder: InsightFace) -> None:
+def test_gradient_of_a_face_is_that_of_finite_differences(embedder: OnnxEmbedder) -> None:
     target, batch = face_batch()
     picture, loss = noisy(target, 0.2), FaceLoss(embedder)
     loss(picture, target, batch).backward()
@@ -256,7 +252,7 @@ def test_gradient_of_a_face_is_that_of_finite_differences(embedder: InsightFace)
     assert all(not v.requires_grad for v in embedder.graph.constants.values())
 
 
-def test_batches_without_faces_and_faces_that_are_none(embedder: InsightFace) -> None:
+def test_batches_without_faces_and_faces_that_are_none(embedder: OnnxEmbedder) -> None:
     target, batch = face_batch()
     loss = FaceLoss(embedder)
     none = {**batch, "face_points": torch.zeros(0, 5, 2), "face_image": torch.zeros(0, dtype=torch.int64)}
@@ -277,9 +273,7 @@ def test_batches_without_faces_and_faces_that_are_none(embedder: InsightFace) ->
 
 def test_networks_that_torch_does_not_run_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        other = InsightFace(tiny_network(tmp_path / "other.onnx", operator="Softplus"), accept_license=True)
+    other = OnnxEmbedder(tiny_network(tmp_path / "other.onnx", operator="Softplus"), "other", "none", None, "cpu")
     with pytest.raises(ModelError, match="gives no gradient"):
         FaceLoss(other)
     with pytest.raises(ModelError, match="no face_recognition_sface"):
@@ -287,7 +281,8 @@ def test_networks_that_torch_does_not_run_are_refused(tmp_path: Path) -> None:
 
 
 @needs_faces
-def test_sface_pulls_a_blurred_face_back() -> None:
+def test_sface_pulls_a_noisy_face_back() -> None:
     target, batch = face_batch()
-    values, _ = descend(FaceLoss(), noisy(target, 0.2), target, batch, 0.01)
-    assert values[-1] < 0.6 * values[0]
+    one = {"face_points": batch["face_points"][1:2], "face_image": torch.tensor([0])}
+    values, _ = descend(FaceLoss(), noisy(target[:1], 0.2), target[:1], one, 0.01)
+    assert values[-1] < 0.8 * values[0]
