@@ -149,4 +149,4 @@ def test_words_and_faces_are_paired(tmp_path):
     differences = found["pairs"][0]["differences"]
     assert differences["t_ned"]["mean"] == 0.125 and differences["t_acc"]["mean"] == 0 and differences["t_ned"]["n"] == 2
     assert differences["f_sim"] == pytest.approx({"mean": 0.1, "low": 0, "high": 0.2, "n": 2, "larger": 0.5})
-    assert "t_acc over bytes" in found["bd_rate"] and found["bd_rate"]["t_acc over bytes"]["reason"].startswith("curve A has 1 points")
+    assert "t_acc over bytes" in found["bd_rate"] and found["bd_rate"]["t_acc over bytes"]["reason"].startswith("curve A has 1 point,")

@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import html
 import io
 import json
 import re
@@ -88,7 +89,7 @@ class Page(HTMLParser):
 def quick():
     """Plots cost a third of a second each; here they are one pixel each, and tested by themselves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_plots, "draw", lambda panels, ylabel, *, dark, style="g": pixel(f"{panels}{ylabel}{dark}{style}"))
+        patch.setattr(report_plots, "draw", lambda panels, ylabel, *, style="g": pixel(f"{panels}{ylabel}{style}"))
         yield
 
 
@@ -221,11 +222,13 @@ def test_plots_show_curves_levels_and_names_of_any_kind(runs):
     assert [y for y, _ in panels[0].levels] == [r["metrics"]["psnr"]["mean"] for r in held[2].rates]
     first = held[0].rates[0]["metrics"]
     assert panels[1].lines[0].points[0] == (first["bpp"]["mean"], *(first["psnr"][k] for k in ("mean", "low", "high")))
-    light, dark = (Image.open(io.BytesIO(draw(panels, "PSNR", dark=d))).convert("RGB") for d in (False, True))
-    assert light.size == dark.size == (2400, 780) and light.getpixel((1, 1)) == (255, 255, 255) and dark.getpixel((1, 1)) == (0x15, 0x18, 0x1B)
-    for colour, picture in ((report_plots.LIGHT[0], light), (report_plots.DARK[0], dark)):
-        wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-        assert (np.abs(np.asarray(picture).astype(int) - wanted).max(-1) < 8).sum() > 500  # the curve is there in its colour
+    data = draw(panels, "PSNR")
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    assert picture.size == (2400, 780) and picture.getpixel((1, 1)) == (255, 255, 255)
+    wanted = np.array([int(report_plots.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)])
+    assert (np.abs(np.asarray(picture).astype(int) - wanted).max(-1) < 8).sum() > 500  # the curve is there in its colour
+    small = report_plots.lossless_webp(data)
+    assert len(small) < 0.7 * len(data) and np.array_equal(np.asarray(Image.open(io.BytesIO(small)).convert("RGB")), np.asarray(picture))
 
 
 def test_plots_of_one_rate_and_of_positions(runs):
@@ -237,9 +240,31 @@ def test_plots_of_one_rate_and_of_positions(runs):
     positions = report_plots.position_panels(held)
     assert len(positions[0].lines[0].points) == 32 and {t for _, t in positions[0].levels} == {"bits of a token", "most that 13 images can show"}
     for some in (panels[:1], positions):
-        assert Image.open(io.BytesIO(draw(some, "y", dark=False, style="%"))).size == (1640, 780)
-    assert draw(positions, "y", dark=True) == draw(positions, "y", dark=True)
+        assert Image.open(io.BytesIO(draw(some, "y", style="%"))).size == (1640, 780)
+    assert draw(positions, "y") == draw(positions, "y")
     assert report_plots.position_panels(load_runs([runs / "jpeg"])) == []
+
+
+def test_levels_share_names_and_keep_away_from_curves():
+    line = report_plots.Line("a", 0, "-", [(1.0, 0.0, 0.0, 0.0), (10.0, 0.5, 0.4, 0.6), (100.0, 1.0, 0.9, 1.1)])
+    panel = report_plots.Panel("", "x", "log", [line], [])
+    assert report_plots._room(panel, 0.95, 1) == 0 and report_plots._room(panel, 0.95, -1) == 0.95
+    assert report_plots._shortened(["resize s64", "resize s128", "chance", "a b c", "a b d"]) == ["resize s64", "s128", "chance", "a b c", "d"]
+
+
+def test_a_page_is_as_large_as_its_gallery(runs, made, tmp_path):
+    small = make_report([runs / "tokens", runs / "jpeg", runs / "resize"], tmp_path / "0.html", gallery=0).page.read_text("utf-8")
+    one = make_report([runs / "tokens", runs / "jpeg", runs / "resize"], tmp_path / "1.html", gallery=1).page.read_text("utf-8")
+    assert len(small) < len(one) < len(made[1])
+    assert Page(small).values("alt").count("original") == 0 and Page(one).values("alt").count("original") == 1 and Page(made[1]).values("alt").count("original") == 3
+    assert all(n in small for n in ("Rate and quality", "BD-rate", "T-ACC")) and '<section id="pictures"' not in small
+    # words: an original and four rates of one word of each of three sizes
+    assert Page(one).values("class").count("word") == 15 and Page(made[1]).values("class").count("word") > 30
+
+
+def test_summaries_in_the_page_are_json(made, runs):
+    text = re.findall(r"<pre>(.*?)</pre>", made[1], re.DOTALL)
+    assert json.loads(html.unescape(text[0])) == json.loads((runs / "tokens" / "summary.json").read_text())
 
 
 def test_what_was_not_measured_is_said(made):

@@ -84,7 +84,7 @@ def bd_rate(
         order = np.argsort(r)
         r, q = r[order], q[order]
         if len(r) < 4:
-            return Delta(None, f"curve {name} has {len(r)} points, 4 are needed")
+            return Delta(None, f"curve {name} has {len(r)} point{'s' * (len(r) != 1)}, 4 are needed")
         if (np.diff(q) <= 0).any():
             at = int(np.argmax(np.diff(q) <= 0))
             return Delta(None, f"curve {name} does not rise: {q[at]:.4g} at rate {r[at]:.4g}, {q[at + 1]:.4g} at {r[at + 1]:.4g}")

@@ -5,6 +5,7 @@ The page is a function of the runs alone: the same runs give the same bytes. Wha
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,13 +54,15 @@ class Report:
     notes: list[str]
 
 
-def make_report(paths: Sequence[Path], output: Path, images: Path | None = None) -> Report:
+def make_report(paths: Sequence[Path], output: Path, images: Path | None = None, *, gallery: int = 4) -> Report:
     """Write a report.
 
     Args:
-        paths: folders of ``tok eval`` runs, or folders that hold some.
+        paths: folders of ``tok eval`` runs, or folders that hold some; tokenizers are shown first, codecs and resizes last.
         output: the HTML file.
         images: folder of the PNG files; none are written if None.
+        gallery: images shown at every rate, and words and faces of each size, of those that the runs kept (8, and 6 faces); a
+            quarter as many best and worst of each rate. The bytes of the page are mostly theirs.
 
     Raises:
         TokError: no run there, or a damaged one.
@@ -67,8 +70,8 @@ def make_report(paths: Sequence[Path], output: Path, images: Path | None = None)
     """
     if output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"a report is an HTML file, got {output}; name it report.html")
-    runs = load_runs(paths)
-    text, drawn = render(runs)
+    runs = sorted(load_runs(paths), key=lambda run: ("tokenizer", "folder", "codec", "resize", run.kind).index(run.kind))
+    text, drawn = render(runs, gallery)
     for folder in {output.parent, *([images] if images else ())}:
         folder.mkdir(parents=True, exist_ok=True)
     atomic_write(output, text.encode("utf-8"))
@@ -80,18 +83,18 @@ def make_report(paths: Sequence[Path], output: Path, images: Path | None = None)
     return Report(output, written, _notes(runs))
 
 
-def render(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
+def render(runs: Sequence[Run], gallery: int = 4) -> tuple[str, dict[str, bytes]]:
     """The page, and its plots and grids of pictures as PNG by file name."""
     drawn: dict[str, bytes] = {}
     found = columns(runs)
     parts = {
         "overview": tables.overview(runs, found),
         "curves": _curves(runs, found, drawn) + tables.bd_tables(runs, found),
-        "text": _by_size(runs, "text", drawn) + tables.text_tables(runs) + _shots("Words", pictures.words(runs)),
-        "faces": _by_size(runs, "faces", drawn) + tables.face_tables(runs) + _shots("Faces", pictures.faces(runs)),
+        "text": _by_size(runs, "text", drawn) + tables.text_tables(runs) + _shots("Words", pictures.words(runs, gallery)),
+        "faces": _by_size(runs, "faces", drawn) + tables.face_tables(runs) + _shots("Faces", pictures.faces(runs, gallery)),
         "sources": tables.group_tables(runs, found),
         "codes": _positions(runs, drawn) + tables.codebook_table(runs),
-        "pictures": pictures.fixed(runs) + "".join(map(pictures.extremes, runs)),
+        "pictures": pictures.fixed(runs, gallery) + "".join(pictures.extremes(run, -(-gallery // 4)) for run in runs),
         "failures": tables.failures(runs) or note("None: every image has a picture at every rate, every word and face a score."),
         "provenance": _provenance(runs),
     }
@@ -159,9 +162,8 @@ def _positions(runs: Sequence[Run], drawn: dict[str, bytes]) -> str:
 def _plot(panels: Sequence[plots.Panel], name: str, label: str, style: str, drawn: dict[str, bytes]) -> str:
     if not panels:
         return ""
-    light, dark = (plots.draw(panels, label, dark=dark, style=style) for dark in (False, True))
-    drawn[f"{_file(name)}.png"] = light
-    return plot(light, dark, label, narrow=len(panels) < 3)
+    drawn[f"{_file(name)}.png"] = plots.draw(panels, label, style=style)
+    return plot(plots.lossless_webp(drawn[f"{_file(name)}.png"]), label, narrow=len(panels) < 3)
 
 
 def _shots(title: str, shown: str) -> str:
@@ -197,7 +199,7 @@ def _provenance(runs: Sequence[Run]) -> str:
         note("Seconds are those of the last go of a run: reading, coding and measuring together."),
         details("Measures and their networks", table(["system", "measure", "settings"], measures, left=2)),
         details("Versions", table(["system", *versions], packages, left=len(versions))),
-        *(details(f"{run.label}: summary.json", f"<pre>{esc(as_json(run))}</pre>") for run in runs),
+        *(details(f"{run.label}: summary.json", f"<pre>{html.escape(as_json(run), quote=False)}</pre>") for run in runs),
     ))  # fmt: skip
 
 

@@ -245,5 +245,7 @@ def _better(name: str) -> int:
 
 
 def as_json(run: Run) -> str:
-    """The summary as it was read."""
-    return json.dumps(run.summary, indent=1, ensure_ascii=False)
+    """The summary as it was read, a line a rate."""
+    head = {k: v for k, v in run.summary.items() if k != "rates"}
+    whole = json.dumps(head, ensure_ascii=False)[:-1] + ', "rates": [\n'
+    return whole + ",\n".join(json.dumps(rate, ensure_ascii=False) for rate in run.rates) + "\n]}"

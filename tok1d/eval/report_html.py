@@ -131,12 +131,9 @@ def uri(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def plot(light: bytes, dark: bytes, label: str, *, narrow: bool = False) -> str:
-    """A plot for light and dark pages; paper is light."""
-    return (
-        f'<figure class="plot{" narrow" if narrow else ""}"><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{uri(dark)}">'
-        f'<img src="{uri(light)}" alt="{esc(label)}"></picture></figure>'
-    )
+def plot(image: bytes, label: str, *, narrow: bool = False) -> str:
+    """A plot (WebP); dark pages show it inverted, with its hues turned back."""
+    return f'<figure class="plot{" narrow" if narrow else ""}"><img src="{uri(image, "webp")}" alt="{esc(label)}"></figure>'
 
 
 def page(title: str, body: str) -> str:
@@ -150,6 +147,7 @@ def page(title: str, body: str) -> str:
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1d2126;--muted:#667078;--line:#dfe3e6;--tint:#f5f7f8;--link:#0b62a4;--good:#0a7a4b;--bad:#b3361b}
 @media screen and (prefers-color-scheme:dark){:root{--bg:#15181b;--fg:#e3e6e8;--muted:#98a1a8;--line:#31373c;--tint:#1d2125;--link:#7db8ea;--good:#5fce9c;--bad:#f0886d}}
+@media screen and (prefers-color-scheme:dark){.plot img{filter:invert(.917) hue-rotate(180deg)}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
 main{max-width:1280px;margin:0 auto;padding:32px 24px 80px}
@@ -180,7 +178,7 @@ tbody th span{color:var(--muted);padding-left:4px}tbody th b{font-weight:600}
 tr.first>*{border-top:2px solid var(--line)}
 td small{display:block;color:var(--muted);font-size:11px}
 td.text,th.text{text-align:left}td.wrap{white-space:normal;min-width:15em;max-width:34em;overflow-wrap:anywhere}
-td.none{color:var(--muted);font-size:12px;text-align:right}
+td.none{color:var(--muted);font-size:12px;text-align:right}td.text.none{text-align:left}
 th[role=button]{cursor:pointer}th[role=button]:hover{color:var(--fg)}
 th[aria-sort=ascending]::after{content:" ▲"}th[aria-sort=descending]::after{content:" ▼"}
 details{margin:10px 0}summary{cursor:pointer;color:var(--link);font-size:14px;padding:2px 0}
@@ -198,10 +196,10 @@ figure{margin:0}
 .read{display:block;font-size:12px;margin-top:2px;max-width:150px;overflow:hidden;text-overflow:ellipsis;white-space:pre}
 .right{color:var(--good)}.wrong{color:var(--bad)}
 .strip{display:flex;flex-wrap:wrap;gap:12px 20px}
-.strip figure{width:290px;max-width:100%}.strip div{display:flex;gap:2px}.strip img{width:95px;height:95px;background:var(--tint)}
+.strip figure{width:288px;max-width:100%}.strip img{display:block;width:100%;height:auto;background:var(--tint)}
 .strip figcaption{font-size:12px;color:var(--muted);overflow-wrap:anywhere}
 code,pre{font:12px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
-pre{background:var(--tint);padding:12px;border-radius:6px;overflow:auto;max-height:60vh}
+pre{background:var(--tint);padding:12px;border-radius:6px;overflow:auto;max-height:60vh;white-space:pre-wrap;overflow-wrap:anywhere}
 @media (max-width:640px){main{padding:20px 12px 48px}dl{grid-template-columns:1fr}dt{margin-top:6px}.plot{overflow-x:auto}.plot img{width:960px}.plot.narrow img{width:640px}}
 @page{size:landscape;margin:12mm}
 @media print{main{max-width:none;padding:0}nav,summary::marker{display:none}.box,.tall{overflow:visible;max-height:none;border:0}th:first-child{position:static}

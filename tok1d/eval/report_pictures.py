@@ -1,7 +1,8 @@
 """Pictures of the report: the fixed images at every rate, the best and worst, crops of words and faces.
 
-All come from the states that a run kept (:mod:`tok1d.eval.gallery`); names, readings and cosines from its rows. Photos are shown as
-WebP, crops as PNG. Shapes: pictures uint8 (n, 2, 3, S, S), crops uint8 (n, 3, h, W).
+All come from the states that a run kept (:mod:`tok1d.eval.gallery`); names, readings and cosines from its rows. They are brought to
+the size at which the page shows them and coded as WebP, so that a page stays small; tiny ones are PNG, pixel by pixel.
+Shapes: pictures uint8 (n, 2, 3, S, S), crops uint8 (n, 3, h, W).
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from tok1d.eval.report_html import details, esc, line, number, uri
 
 ORIGINAL = "original"
 PIXELATED = 64  # pixels a side; smaller pictures are shown with their pixels
-QUALITY = 82  # of WebP
-THUMBNAIL = 160  # pixels a side of the best and worst
+QUALITY = 68  # of WebP
+FIXED, THUMBNAIL, FACE = 144, 96, 96  # pixels a side of the images at every rate, of the best and worst, of faces
 GAIN = 4  # of differences
 
 
-def fixed(runs: Sequence[Run]) -> str:
-    """The same images at every rate of every system, originals first."""
+def fixed(runs: Sequence[Run], count: int) -> str:
+    """The same images, at most ``count``, at every rate of every system, originals first."""
     held = [(run, run.state(Gallery())) for run in runs]
     columns = [(run, str(rate["rate"]), state) for run, state in held for rate in run.rates if f"{rate['rate']}/fixed/pictures" in state]
-    if not columns:
+    if not columns or not count:
         return ""
     names = _names(runs)
     originals = {int(k): p[0] for _, rate, s in reversed(columns) for k, p in zip(s[f"{rate}/fixed/keys"], s[f"{rate}/fixed/pictures"])}
     rows = []
-    for key in sorted(originals):
+    for key in sorted(originals)[:count]:
         name = names.get(key, "")
         cells = [f'<th scope="row">{_picture(originals[key], "original")}<span class="name" title="{esc(name)}">{esc(name)}</span></th>']
         before = None
@@ -48,8 +49,8 @@ def fixed(runs: Sequence[Run]) -> str:
     return _shots([(run, rate) for run, rate, _ in columns], rows, ORIGINAL)
 
 
-def extremes(run: Run) -> str:
-    """Best and worst of each rate, with the difference to the original."""
+def extremes(run: Run, count: int) -> str:
+    """At most ``count`` best and worst of each rate: original, reconstruction and the difference of both."""
     gallery, names = Gallery(), _names([run])
     state = run.state(gallery)
     parts = []
@@ -57,23 +58,24 @@ def extremes(run: Run) -> str:
         column = gallery.decides(rate.get("metrics", {}))
         for end in ("worst", "best"):
             side = f"{rate['rate']}/{end}"
-            if column is None or not len(state.get(f"{side}/keys", ())):
+            if column is None or not count or not len(state.get(f"{side}/keys", ())):
                 continue
             figures = []
-            for key, ident, pair in zip(state[f"{side}/keys"].tolist(), state.get(f"{side}/ids", state[f"{side}/keys"]).tolist(), state[f"{side}/pictures"]):
+            held = zip(state[f"{side}/keys"].tolist(), state.get(f"{side}/ids", state[f"{side}/keys"]).tolist(), state[f"{side}/pictures"])
+            for key, ident, pair in list(held)[:count]:
                 value = abs(key) / SCALE
-                a, b = _thumbnail(pair)
+                a, b = _at_most(pair, THUMBNAIL)
                 difference = ((a.short() - b.short()).abs() * GAIN).clamp(max=255).byte()
-                images = "".join(f'<img src="{uri(_webp(p), "webp")}" alt="{t}">' for p, t in ((a, "original"), (b, "reconstruction"), (difference, "difference")))
+                image = f'<img loading="lazy" src="{_uri(torch.cat([a, b, difference], -1))}" alt="original, reconstruction, difference">'
                 name = column.lstrip("-")
                 said = f"{TITLES.get(name, name)} {number(value)} · {names.get(ident, '')}".rstrip(" ·")
-                figures.append(f"<figure><div>{images}</div><figcaption>{esc(said)}</figcaption></figure>")
+                figures.append(f"<figure>{image}<figcaption>{esc(said)}</figcaption></figure>")
             parts.append(f"<h3>{esc(rate['rate'])}, {end}</h3><div class=\"strip\">{''.join(figures)}</div>")
-    return details(f"{run.label}: best and worst of each rate", "".join(parts)) if parts else ""
+    return details(f"{run.label}: best and worst of each rate (original, reconstruction, {GAIN} × difference)", "".join(parts)) if parts else ""
 
 
-def words(runs: Sequence[Run]) -> str:
-    """Word crops with what was read in them."""
+def words(runs: Sequence[Run], count: int) -> str:
+    """Word crops, at most ``count`` of each size, with what was read in them."""
 
     def said(row: Row) -> str:
         read, truth = row.get("read"), row.get("truth")
@@ -82,30 +84,30 @@ def words(runs: Sequence[Run]) -> str:
         kind, mark = ("right", "✓") if read == truth else ("wrong", "✗")
         return f'<span class="read {kind}" title="{esc(read)}">{mark} {esc(read) or "∅"}</span>'
 
-    return _crops(runs, Crops("text"), "words", "word", lambda row: f'<span class="name" title="{esc(row["id"])}">{esc(row["truth"])}</span>', said)
+    return _crops(runs, Crops("text"), count, "words", "word", lambda row: f'<span class="name" title="{esc(row["id"])}">{esc(row["truth"])}</span>', said)
 
 
-def faces(runs: Sequence[Run]) -> str:
-    """Aligned faces with their cosine to the original."""
+def faces(runs: Sequence[Run], count: int) -> str:
+    """Aligned faces, at most ``count`` of each size, with their cosine to the original."""
 
     def said(row: Row) -> str:
         cosine = row.get("similarity")
         return f'<span class="read">{esc(row.get("status") if cosine is None else f"{cosine:.3f}")}</span>'
 
-    return _crops(runs, Crops("faces", each=6), "faces", "face", lambda row: f'<span class="name" title="{esc(row["id"])}">{esc(row["id"])}</span>', said)
+    return _crops(runs, Crops("faces", each=6), count, "faces", "face", lambda row: f'<span class="name" title="{esc(row["id"])}">{esc(row["id"])}</span>', said)
 
 
-def _crops(runs: Sequence[Run], kept: Crops, table: str, kind: str, name, said) -> str:  # type: ignore[no-untyped-def]
+def _crops(runs: Sequence[Run], kept: Crops, count: int, table: str, kind: str, name, said) -> str:  # type: ignore[no-untyped-def]
     held = [(run, run.state(kept), {}) for run in runs]
     held = [(run, state, _by_key(run.rows(table), kind)) for run, state, _ in held if state]
     columns = [(run, str(r["rate"]), state, rows) for run, state, rows in held for r in run.rates if any(k.startswith(f"{r['rate']}/") for k in state)]
-    if not columns:
+    if not columns or not count:
         return ""
     sides = sorted({k.rsplit("/", 2)[1] for _, _, s, _ in columns for k in s}, key=lambda b: ("small", "medium", "large", b).index(b))
     lines = []
     for label in sides:
         source = next((s for _, _, s, _ in columns if f"{ORIGINAL}/{label}/keys" in s), None)
-        for i, key in enumerate(source[f"{ORIGINAL}/{label}/keys"].tolist() if source is not None else ()):
+        for i, key in enumerate(source[f"{ORIGINAL}/{label}/keys"].tolist()[:count] if source is not None else ()):
             rows = columns[0][3]
             own = rows.get((ORIGINAL, key), {"id": "", "truth": ""})
             shown = _crop(source, f"{ORIGINAL}/{label}", i, kind)  # type: ignore[arg-type]
@@ -171,25 +173,30 @@ def _next(first: bool, content: str) -> str:
 
 def _picture(image: Tensor, label: str) -> str:
     small = image.shape[-1] < PIXELATED
-    source = uri(_png(image)) if small else uri(_webp(image), "webp")
-    return f'<img class="pic{" px" if small else ""}" loading="lazy" src="{source}" alt="{esc(label)}">'
+    return f'<img class="pic{" px" if small else ""}" loading="lazy" src="{_uri(_at_most(image[None], FIXED)[0])}" alt="{esc(label)}">'
 
 
 def _crop(state: State, side: str, at: int, kind: str) -> str:
     crop = state[f"{side}/crops"][at][..., : int(state[f"{side}/widths"][at])]
-    return f'<img class="{kind}" loading="lazy" src="{uri(_png(crop))}" alt="{kind}">'
+    if kind == "face":
+        crop = _at_most(crop[None], FACE)[0]
+    return f'<img class="{kind}" loading="lazy" src="{_uri(crop)}" alt="{kind}">'
 
 
-def _thumbnail(pair: Tensor) -> Tensor:
-    return F.interpolate(pair, (THUMBNAIL, THUMBNAIL), mode="bicubic", antialias=True) if pair.shape[-1] > THUMBNAIL else pair
+def _at_most(images: Tensor, side: int) -> Tensor:
+    """uint8 (n, 3, S, S) → at most ``side`` pixels a side."""
+    return F.interpolate(images, (side, side), mode="bicubic", antialias=True) if images.shape[-1] > side else images
 
 
-def _webp(image: Tensor) -> bytes:
+def _uri(image: Tensor) -> str:
+    """uint8 (3, h, w) as a data URI."""
     from PIL import Image
 
+    if max(image.shape[-2:]) < PIXELATED:
+        return uri(_png(image))
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "WEBP", quality=QUALITY, method=4)
-    return buffer.getvalue()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "WEBP", quality=QUALITY, method=6)
+    return uri(buffer.getvalue(), "webp")
 
 
 def _png(image: Tensor) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,10 @@ from tok1d.eval.report_data import Column, Run, binned
 from tok1d.eval.report_html import Value
 from tok1d.extras import require
 
-LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3A9BD1")
-DARK = ("#4DA6E8", "#FF8A4A", "#3BC99B", "#E39AC6", "#F0B93A", "#9CD3F5")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3A9BD1")
 MARKERS = "osD^vPX"
 STYLES = {"tokenizer": "-", "codec": "--"}
-INK = {False: ("#ffffff", "#1d2126", "#667078", "#e4e7e9"), True: ("#15181b", "#e3e6e8", "#98a1a8", "#2b3136")}
+PAPER, INK, MUTED, GRID = "#ffffff", "#1d2126", "#667078", "#e4e7e9"
 
 Point = tuple[float, float, float, float]  # x, mean, low, high
 
@@ -119,47 +119,46 @@ def _bounds(value: Value) -> tuple[float, float]:
     return (value.mean if value.low is None else value.low, value.mean if value.high is None else value.high)
 
 
-def draw(panels: Sequence[Panel], ylabel: str, *, dark: bool, style: str = "g") -> bytes:
+def draw(panels: Sequence[Panel], ylabel: str, *, style: str = "g") -> bytes:
     """PNG of panels side by side with one legend; 2400 pixels wide for three, 1640 for one or two."""
     require("matplotlib", "eval")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    paper, ink, muted, grid = INK[dark]
-    figure = Figure(figsize=(12.0 if len(panels) > 2 else 8.2, 3.9), dpi=200, facecolor=paper, layout="constrained")
+    figure = Figure(figsize=(12.0 if len(panels) > 2 else 8.2, 3.9), dpi=200, facecolor=PAPER, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     handles: dict[str, Any] = {}
     for axis, panel in zip(axes, panels):
-        axis.set_facecolor(paper)
+        axis.set_facecolor(PAPER)
         for line in panel.lines:
-            handles.setdefault(_plain(line.label), _curve(axis, line, panel.scale, dark))
+            handles.setdefault(_plain(line.label), _curve(axis, line, panel.scale))
         _ticks(axis, panel)
-        axis.set_xlabel(panel.xlabel, color=ink, fontsize=9)
+        axis.set_xlabel(panel.xlabel, color=INK, fontsize=9)
         if panel.title:
-            axis.set_title(panel.title, loc="left", fontsize=10, color=ink)
-        axis.grid(color=grid, linewidth=0.7)
+            axis.set_title(panel.title, loc="left", fontsize=10, color=INK)
+        axis.grid(color=GRID, linewidth=0.7)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(muted)
-        axis.tick_params(colors=muted, labelsize=8, length=3)
+        axis.spines[["left", "bottom"]].set_color(MUTED)
+        axis.tick_params(colors=MUTED, labelsize=8, length=3)
         axis.margins(y=0.07)
-    axes[0].set_ylabel(_plain(ylabel), color=ink, fontsize=9)
+    axes[0].set_ylabel("\n".join(textwrap.wrap(_plain(ylabel), 42)), color=INK, fontsize=9)
     if style == "%":
         axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-    _levels(axes, panels, muted)
+    _levels(axes, panels, MUTED)
     legend = figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=9, handlelength=3.2
     )
     for text in legend.get_texts():
-        text.set_color(ink)
+        text.set_color(INK)
     canvas.draw()
     return _png(canvas.buffer_rgba())
 
 
-def _curve(axis: Any, line: Line, scale: str, dark: bool) -> Any:
-    colour = (DARK if dark else LIGHT)[line.slot % len(LIGHT)]
+def _curve(axis: Any, line: Line, scale: str) -> Any:
+    colour = COLOURS[line.slot % len(COLOURS)]
     x, y, low, high = zip(*line.points)
     marker = "" if scale == "linear" else MARKERS[line.slot % len(MARKERS)]
     if len(x) > 1:
@@ -195,20 +194,47 @@ def _ticks(axis: Any, panel: Panel) -> None:
 
 
 def _levels(axes: Sequence[Any], panels: Sequence[Panel], colour: str) -> None:
-    """Horizontal lines with their names, kept from stretching the axis much: those far outside of the curves are left out."""
+    """Horizontal lines with their names, at the side that curves leave free; those that would stretch the axis much are left out."""
     held = [p for panel in panels for line in panel.lines for p in line.points]
     low, high = min(p[2] for p in held), max(p[3] for p in held)
     reach = 0.35 * (high - low) or abs(high) or 1.0
     for axis, panel in zip(axes, panels):
-        shown: dict[int, list[str]] = {}
-        for y, text in panel.levels:  # levels that would lie upon one another share a line
-            shown.setdefault(round(50 * y / reach), []).append(text)
-        for y, text in ((next(v for v, t in panel.levels if t == texts[0]), ", ".join(texts)) for texts in shown.values()):
-            if low - reach <= y <= high + reach:
-                axis.axhline(y, color=colour, linewidth=0.9, linestyle=(0, (1, 2)))
-                axis.annotate(
-                    _plain(text), (0.995, y), (0, 2), ("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom", fontsize=7, color=colour
-                )
+        near: list[list[tuple[float, str]]] = []
+        for y, text in sorted(level for level in panel.levels if low - reach <= level[0] <= high + reach):
+            axis.axhline(y, color=colour, linewidth=0.9, linestyle=(0, (1, 2)))
+            if near and y - near[-1][0][0] < 0.2 * reach:  # names would lie upon one another: they share a line
+                near[-1].append((y, text))
+            else:
+                near.append([(y, text)])
+        for group in near:
+            y = group[-1][0]
+            right = _room(panel, y, 1) >= _room(panel, y, -1)
+            axis.annotate(
+                _plain(", ".join(_shortened([t for _, t in group]))), (0.995 if right else 0.01, y), (0, 2), ("axes fraction", "data"),
+                textcoords="offset points", ha="right" if right else "left", va="bottom", fontsize=7, color=colour,
+            )  # fmt: skip
+
+
+def _room(panel: Panel, y: float, side: int) -> float:
+    """How far the curves stay from a level in the left (-1) or right (1) third of a panel."""
+    points = sorted((p for line in panel.lines for p in line.points), key=lambda p: side * p[0])
+    ends = points[-max(1, len(points) // 3) :]
+    return min(max(p[2] - y, y - p[3], 0.0) for p in ends)
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    """Rates of one system under its name once.
+
+    Example:
+        >>> _shortened(["resize s64", "resize s128", "chance"])
+        ['resize s64', 's128', 'chance']
+    """
+    found, before = [], ""
+    for name in names:
+        system, _, rate = name.rpartition(" ")
+        found.append(rate if system and system == before else name)
+        before = system
+    return found
 
 
 def _plain(text: str) -> str:
@@ -228,4 +254,14 @@ def _png(rgba: Any) -> bytes:
     palette[paper : paper + 3] = pixels[0, 0, :3].tolist()  # exactly the page's own, so that no edge shows
     small.putpalette(palette)
     small.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def lossless_webp(png: bytes) -> bytes:
+    """The same pixels in half the bytes."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        image.convert("RGB").save(buffer, "WEBP", lossless=True, quality=100, method=4)
     return buffer.getvalue()

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 from tok1d.eval.binned import BINS, Bins
 from tok1d.eval.compare import Point, bd_of
@@ -153,13 +154,22 @@ def bd_tables(runs: Sequence[Run], found: Sequence[Column]) -> str:
                 if name == "tokens" and not a.kind == b.kind == "tokenizer":
                     continue
                 cells = [_delta([_points(run, column, cost) for run in (a, b)], column, (a.label, b.label)) for column in quality]
-                if len(set(cells)) == 1 and len(cells) > 1 and "data-v" not in cells[0]:  # one reason for all
-                    cells = [cells[0].replace("<td ", f'<td colspan="{len(cells)}" ', 1)]
-                rows.append(line(row_head(f"{b.label} against {a.label}", name), *cells, first=name == costs[0][0] and bool(rows)))
+                rows.append(line(row_head(f"{b.label} against {a.label}", name), *_joined(cells), first=name == costs[0][0] and bool(rows)))
     if not rows:
         return ""
     said = "Mean difference in rate at equal quality (Bjøntegaard, PCHIP through the logarithm of the rate). Negative: the first needs less."
     return "<h3>BD-rate</h3>" + _table(["curves, cost", *(c.title for c in quality)], rows) + note(said)
+
+
+def _joined(cells: Sequence[str]) -> list[str]:
+    """Neighbours that give one reason become one cell."""
+    found = []
+    for content, same in groupby(cells):
+        many = list(same)
+        if len(many) > 1 and "data-v" not in content:
+            many = [content.replace("<td ", f'<td colspan="{len(many)}" ', 1)]
+        found += many
+    return found
 
 
 def _points(run: Run, column: Column, cost: Callable[[Run, Row], float | None]) -> list[Point]:
