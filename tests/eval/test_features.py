@@ -86,7 +86,7 @@ def test_any_timm_model(tmp_path):
     ours = TimmNet("test_vit", tmp_path / "vit.pth")
     found = ours.features(IMAGES)
     assert found["pooled"].shape == (3, ours.dim) and ours.distance_name == "fd_test_vit"
-    torch.testing.assert_close(found["logits"][1:2], ours.features(IMAGES[1:2])["logits"], atol=1e-5, rtol=1e-4)
+    assert torch.equal(found["logits"][1:2], ours.features(IMAGES[1:2])["logits"])  # whatever the batch
     torch.manual_seed(1)
     other = timm.create_model("test_vit", pretrained=False)
     torch.save(other.state_dict(), tmp_path / "other.pth")

@@ -10,6 +10,7 @@ from tok1d.errors import TokError
 from tok1d.eval.distribution import FeatureSample, FrechetDistance, InceptionScore, KernelDistance
 from tok1d.eval.frechet import (
     Moments,
+    Sums,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -71,6 +72,26 @@ def test_parts_add_up_to_the_whole():
         assert total.n == whole.n
         torch.testing.assert_close(total.mean, whole.mean, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(total.scatter, whole.scatter, rtol=1e-9, atol=1e-9)
+
+
+def test_sums_of_parts_are_those_of_the_whole_to_the_last_bit_on_a_grid():
+    x = (REAL.double() * 2**12).round() / 2**12
+    whole = Sums.of(x)
+    parts = Sums.of(x[:7])
+    for part in x[7:].split([1, 0, 150, 142]):
+        parts.update(part)
+    assert int(parts.n) == len(x) and torch.equal(parts.outer, whole.outer) and torch.equal(parts.total, whole.total)
+    moments, wanted = parts.moments(), Moments.of(x)
+    torch.testing.assert_close(moments.mean, wanted.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(moments.covariance, wanted.covariance, rtol=1e-9, atol=1e-12)
+
+
+def test_a_call_of_the_metric_gives_the_distance_of_its_batch_and_keeps_the_sums():
+    metric = FrechetDistance(64, Moments.of(REAL))
+    first = metric(FAKE[:100], real=False)
+    assert close(first.item(), frechet_distance(Moments.of(REAL), Moments.of(FAKE[:100])))
+    metric(FAKE[100:], real=False)
+    assert close(metric.compute().item(), VALUES["fid"])
 
 
 def test_moments_on_disk(tmp_path):

@@ -4,7 +4,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.golden.read import read
 from tok1d.errors import ImageError
-from tok1d.eval.pixel import mae, ms_ssim, psnr, ssim, to_uint8
+from tok1d.eval.pixel import mae, ms_ssim, psnr, ssim, ssim_and_ms_ssim, to_uint8
 
 GOLDEN = read("metrics")
 BAD = ("noisy", "blurred", "shifted")
@@ -36,6 +36,15 @@ def test_skimage_agrees_and_batches_do_not_mix():
         assert mae(a, b)[i].item() == pytest.approx(abs(x.astype(float) - y).mean())
         for metric in (psnr, ssim, ms_ssim, mae):
             torch.testing.assert_close(metric(a[i : i + 1], b[i : i + 1]), metric(a, b)[i : i + 1], rtol=1e-6, atol=1e-7)
+
+
+def test_both_at_once_and_images_that_are_not_square():
+    a, b = (torch.cat([batch(name)] * 2)[..., : 170 + 12, :] for name in ("image", "image_noisy"))
+    together = ssim_and_ms_ssim(a, b)
+    assert torch.equal(together[0], ssim(a, b)) and torch.equal(together[1], ms_ssim(a, b))
+    x, y = (t[0].permute(1, 2, 0).numpy() for t in (a, b))
+    wanted = structural_similarity(x, y, data_range=255, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    assert together[0][1].item() == pytest.approx(wanted, abs=2e-6)
 
 
 def test_equal_images():

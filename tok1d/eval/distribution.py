@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tok1d.errors import TokError
-from tok1d.eval.frechet import Moments, frechet_distance, inception_score, kernel_distance_of_subsets
+from tok1d.eval.frechet import Moments, Sums, frechet_distance, inception_score, kernel_distance_of_subsets
 from tok1d.extras import require
 
 torchmetrics = require("torchmetrics", "eval")
@@ -40,18 +40,16 @@ class FrechetDistance(torchmetrics.Metric):
 
     def update(self, features: Tensor, real: bool) -> None:
         """Float (n, D) of one side."""
-        side, x = ("real" if real else "fake"), features.double()
-        for name, value in (("n", len(x)), ("sum", x.sum(0)), ("outer", x.T @ x)):
-            setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
+        self.sums(real).update(features)
+
+    def sums(self, real: bool) -> Sums:
+        """The states of one side."""
+        side = "real" if real else "fake"
+        return Sums(*(getattr(self, f"{side}_{name}") for name in ("n", "sum", "outer")))
 
     def moments(self, real: bool) -> Moments:
         """What was seen of one side so far (of all ranks, after a sync)."""
-        if real and self.reference is not None:
-            return self.reference
-        side = "real" if real else "fake"
-        n, total, outer = (getattr(self, f"{side}_{name}") for name in ("n", "sum", "outer"))
-        mean = total / n.clamp(min=1)
-        return Moments(int(n), mean, outer - torch.outer(mean, mean) * n)
+        return self.reference if real and self.reference is not None else self.sums(real).moments()
 
     def compute(self) -> Tensor:
         return torch.tensor(frechet_distance(self.moments(True), self.moments(False)), dtype=torch.float64)
@@ -93,9 +91,8 @@ class FeatureSample(torchmetrics.Metric):
             held[1].append(features)
         if not held[0]:
             raise TokError("no features were seen")
-        all_keys, all_features = torch.cat(held[0]), torch.cat(held[1])
-        order = all_keys.argsort(stable=True)[: self.size]
-        return all_keys[order], all_features[order]
+        kept = least(dict(zip(("keys", "features"), map(torch.cat, held))), self.size)
+        return kept["keys"], kept["features"]
 
     def compute(self) -> dict[str, Tensor]:
         """``real`` and ``fake`` features, float (n, D)."""
@@ -106,6 +103,12 @@ def hash_keys(names: Sequence[str], seed: int = 0) -> Tensor:
     """int64 (n,) in [0, 2^56), one a name; images with the smallest ones are the sample of any set they are in."""
     digests = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest() for name in names]
     return torch.tensor([int.from_bytes(digest, "big") for digest in digests], dtype=torch.int64)
+
+
+def least(rows: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """The rows of the ``size`` smallest ``keys``, in their order; every tensor has a row for each key."""
+    order = rows["keys"].argsort(stable=True)[:size]
+    return {name: values[order] for name, values in rows.items()}
 
 
 class KernelDistance(FeatureSample):

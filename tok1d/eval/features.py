@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tok1d.errors import ModelError, UsageError
+from tok1d.eval.threads import each
 from tok1d.extras import require
 
 PROFILES = ("tf", "clean", "tm")
@@ -35,16 +36,29 @@ class FeatureNet(ABC):
         distance_name: of the Fréchet distance in its space.
         id: library version, weights hash and profile: distances of other ids are never compared.
         dim: D.
+        device: where it runs.
     """
 
     name: str
     distance_name: str
     id: str
     dim: int
+    device: torch.device
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W) → ``pooled`` float32 (B, D) and, where the network classifies, ``logits`` (B, K).
+
+        On a CPU image by image: features do not depend on the batch, and an image fits the caches.
+        """
+        if self.device.type != "cpu" or not len(images):
+            with torch.inference_mode():
+                return self.forward(images)
+        found = each(lambda i: self.forward(images[i : i + 1]), len(images))
+        return {name: torch.cat([f[name] for f in found]) for name in found[0]}
 
     @abstractmethod
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) → ``pooled`` float32 (B, D) and, where the network classifies, ``logits`` (B, K)."""
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The same of all images at once."""
 
 
 class TimmNet(FeatureNet):
@@ -86,8 +100,7 @@ class TimmNet(FeatureNet):
         self.distance_name, self.dim = f"fd_{self.name}", int(net.num_features)
         self.id = f"timm-{metadata.version('timm')}/{model}@{state_hash(net)}/{self.size}px"
 
-    @torch.inference_mode()
-    def features(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = F.interpolate(images.to(self.device), (self.size, self.size), mode="bicubic", antialias=True) if images.shape[-1] != self.size else images
         x = (x.to(self.device).float() / 255 - self.mean) / self.std
         last = self.net.forward_features(x)  # type: ignore[operator]
@@ -152,8 +165,7 @@ class InceptionV3(FeatureNet):
         self.name, self.distance_name = "inception", f"fid_{profile}"
         self.id = f"torch-fidelity-{metadata.version('torch-fidelity')}/inception@{state_hash(net)}/{profile}"
 
-    @torch.inference_mode()
-    def features(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = (self.to_299(images) - 128) / 128
         for name in _CHAIN:
             x = getattr(self.net, name)(x)

@@ -95,6 +95,45 @@ class Moments:
         return Moments(n, mean.double(), scatter.double())
 
 
+@dataclass
+class Sums:
+    """What moments are made of, added up in place: one matrix product a batch.
+
+    Attributes:
+        n: int64 (), images.
+        total: float64 (D,), their sum.
+        outer: float64 (D, D), the sum of x xᵀ.
+    """
+
+    n: Tensor
+    total: Tensor
+    outer: Tensor
+
+    @staticmethod
+    def of(features: Tensor) -> Sums:
+        """Float (n, D) → Sums.
+
+        Example:
+            >>> Sums.of(torch.tensor([[0.0], [2.0]])).moments() == Moments.of(torch.tensor([[0.0], [2.0]]))
+            True
+        """
+        x = features.double()
+        return Sums(torch.tensor(len(x), device=x.device), x.sum(0), x.T @ x)
+
+    def update(self, features: Tensor) -> None:
+        """Float (n, D) more."""
+        x = features.double()
+        self.n += len(x)
+        self.total += x.sum(0)
+        self.outer.addmm_(x.T, x)
+
+    def moments(self) -> Moments:
+        """Number, mean and scatter."""
+        n = int(self.n)
+        mean = self.total / max(1, n)
+        return Moments(n, mean, self.outer - torch.outer(mean, mean) * n)
+
+
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|μa - μb|² + tr(Ca + Cb - 2 (Ca Cb)^½), never negative.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tok1d.eval import pixel
-from tok1d.eval.frechet import Moments
+from tok1d.eval.frechet import Moments, Sums
 from tok1d.eval.manifest import Sample
 from tok1d.eval.protocol import Protocol
 from tok1d.eval.systems import Pictures
@@ -150,7 +150,7 @@ class Features(Measure):
     def __init__(self, net: Any, sample: int = 5000, reference: Moments | None = None) -> None:
         self.net, self.sample, self.reference = net, sample, reference
         self.name = f"features/{net.name}"
-        self._state: State = {}
+        self._rows: dict[str, list[Tensor]] = {}  # of the chunk so far, by side and name
         self._real: Tensor | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -174,32 +174,37 @@ class Features(Measure):
         from tok1d.eval.distribution import hash_keys
 
         x = (found["pooled"].cpu().double() / GRID).round() * GRID
-        x, keys = x[ok], hash_keys([i for i, good in zip(ids, ok.tolist()) if good])
-        fresh = {"n": torch.tensor(len(x)), "sum": x.sum(0), "outer": x.T @ x, "keys": keys, "sample": x.float()}
+        fresh = {"keys": hash_keys(ids), "sample": x}
         if found.get("logits") is not None:
-            fresh["logits"] = found["logits"].cpu().float()[ok]
-        self._state = self.add(self._state, {f"{side}/{k}": v for k, v in fresh.items()})
+            fresh["logits"] = found["logits"].cpu().float()
+        for name, values in fresh.items():
+            self._rows.setdefault(f"{side}/{name}", []).append(values[ok])
 
     def state(self) -> State:
-        held, self._state = self._state, {}
-        return held
+        rows, self._rows = {name: torch.cat(parts) for name, parts in self._rows.items()}, {}
+        state: State = {}
+        for side in _sides(rows):
+            sums = Sums.of(rows[f"{side}/sample"])  # one product a chunk
+            state |= {f"{side}/n": sums.n, f"{side}/sum": sums.total, f"{side}/outer": sums.outer}
+            rows[f"{side}/sample"] = rows[f"{side}/sample"].float()
+        return self._sampled(state | rows)
 
     def add(self, a: State, b: State) -> State:
-        summed = super().add(*({k: v for k, v in s.items() if k.rpartition("/")[2] in ("n", "sum", "outer")} for s in (a, b)))
-        for side in {k.rpartition("/")[0] for k in (*a, *b) if k.endswith("/keys")}:
-            keys = torch.cat([s[f"{side}/keys"] for s in (a, b) if f"{side}/keys" in s])
-            order = keys.argsort()[: self.sample]
-            for name in ("keys", "sample", "logits"):
-                parts = [s[f"{side}/{name}"] for s in (a, b) if f"{side}/{name}" in s]
-                if parts:
-                    summed[f"{side}/{name}"] = torch.cat(parts)[order]
-        return summed
+        both = {k: [s[k] for s in (a, b) if k in s] for k in (*a, *b)}
+        joined = {k: v[0] if len(v) == 1 else v[0] + v[1] if k.endswith(("/n", "/sum", "/outer")) else torch.cat(v) for k, v in both.items()}
+        return self._sampled(joined)
+
+    def _sampled(self, state: State) -> State:
+        from tok1d.eval.distribution import least
+
+        for side in _sides(state):
+            rows = {name: state[f"{side}/{name}"] for name in ("keys", "sample", "logits") if f"{side}/{name}" in state}
+            state |= {f"{side}/{name}": values for name, values in least(rows, self.sample).items()}
+        return state
 
     def moments(self, state: State, side: str) -> Moments:
         """Of ``real`` or a rate."""
-        n, total = int(state[f"{side}/n"]), state[f"{side}/sum"]
-        mean = total / max(1, n)
-        return Moments(n, mean, state[f"{side}/outer"] - torch.outer(mean, mean) * n)
+        return Sums(state[f"{side}/n"], state[f"{side}/sum"], state[f"{side}/outer"]).moments()
 
     def results(self, state: State, rate: str) -> Row:
         from tok1d.eval.frechet import frechet_distance, inception_score, kernel_distance_of_subsets, precision_recall
@@ -220,3 +225,8 @@ class Features(Measure):
         if len(state.get(f"{rate}/logits", ())):
             row["inception_score"] = inception_score(state[f"{rate}/logits"])[0]
         return row
+
+
+def _sides(state: State) -> list[str]:
+    """``real`` and the rates of which features are held."""
+    return sorted(key.removesuffix("/keys") for key in state if key.endswith("/keys"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tok1d.errors import ImageError, TokError, UsageError
-from tok1d.eval.frechet import Moments
+from tok1d.eval.frechet import Moments, Sums
 from tok1d.eval.manifest import Manifest
 from tok1d.eval.measures import GRID
 from tok1d.eval.protocol import Protocol, differences
@@ -59,7 +59,7 @@ def make_reference(
     path = folder / file_name(of)
     if path.is_file():
         return path
-    total: Moments | None = None
+    sums: Sums | None = None
     with ThreadPoolExecutor(readers) as pool:
         for start in range(0, len(manifest), batch_size):
             part = manifest.samples[start : start + batch_size]
@@ -68,14 +68,17 @@ def make_reference(
             except ImageError as error:
                 raise TokError(f"reference statistics need every image: {error}") from error
             pooled = net.features(views)["pooled"].cpu().double()
-            moments = Moments.of((pooled / GRID).round() * GRID)
-            total = moments if total is None else total + moments
+            pooled = (pooled / GRID).round() * GRID
+            if sums is None:
+                sums = Sums.of(pooled)
+            else:
+                sums.update(pooled)
             if progress:
                 progress(min(start + batch_size, len(manifest)), len(manifest))
-    if total is None or total.n < 2:
+    if sums is None or sums.n < 2:
         raise TokError(f"{manifest.name}: reference statistics need at least 2 images, there are {len(manifest)}")
     folder.mkdir(parents=True, exist_ok=True)
-    total.save(path, of=json.dumps(of), name=manifest.name)
+    sums.moments().save(path, of=json.dumps(of), name=manifest.name)
     return path
 
 
