@@ -1,4 +1,4 @@
-"""The command ``tok fit``: configurations by file and name, overlays, errors of one line, every recipe for a step."""
+"""The command ``tok fit``: configurations by file and name, overlays, errors of one line, runs of debug size."""
 
 import csv
 import os
@@ -12,8 +12,7 @@ import torch
 import yaml
 
 import tok1d
-from tests.data.files import encoded, folder
-from tests.tokenizers import mix
+from tests.data.files import folder
 from tok1d.cli.main import main
 from tok1d.errors import ModelError
 from tok1d.training.export import load_run
@@ -73,7 +72,7 @@ def test_print_config_and_help(tok):
         (["--config", "debug/titok_fsq", "--data.batch_size", "0"], 2, "batch sizes are at least 1"),
         (["--config", "debug/titok_fsq", "--model.tokenizer.init_args.encoder.init_args.dim", "5"], 1, "latents of width 5"),
         (["--config", "debug/spectral"], 1, "init_from runs/debug/spectral/linear: cannot be loaded"),
-        (["--config", "tokenizer/titok_s_128", "--trainer.devices", "1", "--trainer.precision", "32",
+        (["--config", "tokenizer/titok_s_128_one_stage", "--trainer.devices", "1", "--trainer.precision", "32",
           "--model.weights", "{l2: 1}", "--data.train", "[no/photos]"], 1, "no/photos: no such file or folder"),
     ],
 )  # fmt: skip
@@ -110,50 +109,6 @@ def test_hostile_checkpoint_is_not_continued(tok):
         assert "can be read safely" in err and not Path("went-off").exists()
         with pytest.raises(ModelError, match="read safely"):
             load_run(Path(name))
-
-
-# recipes ---------------------------------------------------------------------------------------------------------
-
-
-def shrunk(name: str) -> dict:
-    """An overlay that makes the parts of a recipe tiny; widths of codes, the quantizer and everything else stay as they are."""
-    recipe = yaml.safe_load((ROOT / f"configs/tokenizer/{name}.yaml").read_text())
-    parts = recipe["model"]["init_args"]["tokenizer"]["init_args"]
-    tiny = {}
-    for slot, rows in (("encoder", mix.ENCODERS), ("decoder", mix.DECODERS)):
-        path = parts[slot]["class_path"]
-        tiny[slot] = {"class_path": path, "init_args": dict(rows[path.rpartition(".")[2]])}
-    if "tokens" in parts["quantizer"].get("init_args", {}):
-        small = {"tokens": mix.LATENTS, "vocab_size": 16, "books": 2}
-        tiny["quantizer"] = {"class_path": parts["quantizer"]["class_path"], "init_args": small}
-    weights = {k: v for k, v in recipe["model"]["init_args"]["weights"].items() if not k.startswith("lpips")}
-    model = {"tokenizer": {"class_path": "tok1d.tokenizers.tokenizer.Tokenizer1D", "init_args": {"image_size": [32, 32], **tiny}}}
-    model |= {"init_from": None, "val_tokens": None, "window": 16 if recipe["model"]["init_args"].get("window") else 0}
-    return {
-        "trainer": {"accelerator": "cpu", "devices": 1, "fast_dev_run": True},
-        "model": {"class_path": "tok1d.training.tasks.ReconstructionTask", "init_args": {**model, "weights": weights}},
-        "data": {
-            "class_path": "tok1d.data.module.PhotoData",
-            "init_args": {"train": ["photos"], "val": ["photos"], "size": 32, "batch_size": 2, "val_batch_size": 2, "workers": 0},
-        },
-    }
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs/tokenizer").glob("*.yaml")))
-def test_every_recipe_takes_a_step(tok, name):
-    folder(Path("photos"), encoded(4, 40))
-    Path("tiny.yaml").write_text(yaml.safe_dump(shrunk(name)))
-    code, _, err = tok("fit", "--config", f"tokenizer/{name}", "--config", "tiny.yaml")
-    assert code == 0, err
-    assert "step 1: val/psnr" in err and not Path("runs").exists(), "a trial run leaves nothing behind"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
-def test_headers_say_what_they_must(path):
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    text = "\n".join(head)
-    assert len(head) >= 4 and "ommand" in text and "ardware" in text and "Run by us:" in text
-    assert f"--config configs/{path.relative_to(ROOT / 'configs')}" in text
 
 
 # runs ------------------------------------------------------------------------------------------------------------

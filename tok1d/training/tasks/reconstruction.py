@@ -63,7 +63,7 @@ class ReconstructionTask(TokenizerTask):
 
         super().setup(stage)
         for name in self.weights:
-            if name.startswith("lpips_") and name not in self.perceptual:
+            if name.startswith("lpips_") and name not in self.perceptual and name not in self.losses:
                 self.perceptual[name] = Perceptual(name.removeprefix("lpips_"))
 
     def losses_of(self, batch: dict[str, Any], lengths: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
