@@ -108,7 +108,8 @@ class Setup:
         trainer = lightning.Trainer(
             default_root_dir=self.folder,
             accelerator="cpu",
-            devices=1,
+            devices=options.pop("devices", 1),
+            use_distributed_sampler=False,
             max_steps=self.steps,
             callbacks=[ema, keep, Throughput(1), record, SaveOnStop(), *self.more],
             logger=options.pop("logger", False),

@@ -18,18 +18,22 @@ lightning = require("lightning", "train")
 
 
 class Throughput(lightning.Callback):
-    """Log ``images_per_second`` and ``data_wait``; without a progress bar, print a line as well.
+    """Log the rates of training, model and loader; without a progress bar, print a line as well.
 
-    ``data_wait`` is the share of the time that the loop waited for its next batch: near 0 the loader keeps up. Both are
-    means over the last ``every`` batches, validation left out. Time and images of a run survive its interruptions (for
-    the model card).
+    ``images_per_second`` is what the run does, ``model_images_per_second`` what it would do if batches were there at once, and
+    ``data_wait`` the share of the time that it waited for them: means over the last ``every`` batches, validation left out, of
+    all processes together. ``loader_images_per_second`` is what the loader does alone, measured before training begins: with
+    fewer than the model takes it is what limits the run. Time and images of a run survive its interruptions (for the model
+    card).
 
     Args:
         every: batches between two values.
+        probe: batches that the loader is measured on, a few more to get it going; 0 not to.
     """
 
-    def __init__(self, every: int = 10) -> None:
-        self.every = every
+    def __init__(self, every: int = 10, probe: int = 8) -> None:
+        self.every, self.probe = every, probe
+        self.loader_rate: float | None = None
         self.seconds, self.images = 0.0, 0
         self._start = self._ended = time.perf_counter()
         self._wait, self._count = 0.0, 0
@@ -37,6 +41,11 @@ class Throughput(lightning.Callback):
     def _restart(self) -> None:
         self._start = self._ended = time.perf_counter()
         self._wait, self._count = 0.0, 0
+
+    def on_fit_start(self, trainer: Any, task: Any) -> None:
+        if self.probe and trainer.datamodule is not None and not trainer.fast_dev_run:
+            rate = loader_rate(trainer.datamodule.train_dataloader(), self.probe)
+            self.loader_rate = None if rate is None else rate * trainer.world_size
 
     def on_train_start(self, trainer: Any, task: Any) -> None:
         self._restart()
@@ -54,17 +63,21 @@ class Throughput(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         now = time.perf_counter()
         self.seconds += now - self._ended
-        images = len(batch["image"]) * trainer.world_size
+        images = len(batch["key"]) * trainer.world_size
         self.images += images
         self._count += images
         self._ended = now
         if (batch_idx + 1) % self.every == 0 and now > self._start:
-            rate, wait = self._count / (now - self._start), self._wait / (now - self._start)
+            spent = now - self._start
+            rate, model = self._count / spent, self._count / max(spent - self._wait, 1e-9)
             task.log("images_per_second", rate, prog_bar=True)
-            task.log("data_wait", wait)
+            found = {"model_images_per_second": model, "loader_images_per_second": self.loader_rate, "data_wait": self._wait / spent}
+            task.log_dict({name: value for name, value in found.items() if value is not None})
             if trainer.is_global_zero and trainer.progress_bar_callback is None:
                 loss = trainer.callback_metrics.get("train/loss", torch.nan)
-                _say(f"step {trainer.global_step} of {trainer.max_steps}: loss {loss:.4g}, {rate:.1f} images/s, {wait:.0%} waiting for data")
+                loader = "" if self.loader_rate is None else f", loader {self.loader_rate:.1f} images/s"
+                speed = f"{rate:.1f} images/s (model {model:.1f} images/s{loader}, {self._wait / spent:.0%} waiting for data)"
+                _say(f"step {trainer.global_step} of {trainer.max_steps}: loss {loss:.4g}, {speed}")
             self._restart()
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,6 +85,26 @@ class Throughput(lightning.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.images = state["seconds"], state["images"]
+
+
+def loader_rate(loader: Any, batches: int, most_seconds: float = 20.0) -> float | None:
+    """Images a second that a loader makes when nobody keeps it waiting; None if it ends before anything was timed.
+
+    Args:
+        loader: of dicts with ``key``; a fresh one, of which the first batches are drawn.
+        batches: how many are timed, after the first of each loader process.
+        most_seconds: stop after so long.
+    """
+    images, start, warm = 0, time.perf_counter(), max(1, getattr(loader, "num_workers", 0))
+    for number, batch in enumerate(loader, start=1):
+        now = time.perf_counter()
+        if number > warm:
+            images += len(batch["key"])
+        if number >= warm + batches or (number > warm and now - start > most_seconds):
+            break
+        if number == warm:
+            start = now
+    return images / max(time.perf_counter() - start, 1e-9) if images else None
 
 
 def _say(line: str) -> None:
