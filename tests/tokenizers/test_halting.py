@@ -55,8 +55,8 @@ def trained_like(**options) -> CurveHead:
     """A head whose last layers are not zero, so that every weight matters."""
     torch.manual_seed(0)
     head = CurveHead(TOKENS, 1, 16, **options)
-    torch.nn.init.normal_(head.step[1].weight)
-    torch.nn.init.normal_(head.start.weight)
+    torch.nn.init.normal_(head.amount[1].weight)
+    torch.nn.init.normal_(head.rest.weight)
     return head.eval().requires_grad_(False)
 
 
@@ -143,8 +143,31 @@ def test_the_curve_never_rises_whatever_the_codes():
 
 
 def test_untrained_it_starts_at_a_decibel_for_each_doubling():
-    curve = CurveHead(256, 4).quality_of(CurveHead(256, 4)(torch.randn(1, 256, 4)))[0]
-    assert 0.8 < (curve[255] - curve[127]).item() < 1.0 and 0.8 < (curve[31] - curve[15]).item() < 1.0
+    head = CurveHead(256, 1)
+    curve = head.quality_of(head(torch.ones(1, 256, 1)))[0]  # codes of the usual size
+    k = torch.arange(1, 257)
+    torch.testing.assert_close(curve, 14 + 3 * (k + 1).log10(), atol=1e-3, rtol=0)
+
+
+def test_it_is_exact_for_an_orthonormal_transform(images):
+    """With nothing learned but two constants: the amounts are the energies of the codes."""
+    head, oracle = CurveHead(TOKENS, 1, 8), Oracle()
+    with torch.no_grad():
+        head.level.fill_(-math.log(3 * SIZE * SIZE) / head.GAIN)
+        head.rest.bias.fill_(-40)
+    codes = make_model().codes_of(make_model().encode(images).ids, torch.full((len(images),), TOKENS))
+    torch.testing.assert_close(head(codes)[:, :24].double(), oracle(codes)[:, :24], atol=0.02, rtol=0)
+
+
+def test_usual_sizes_are_the_mean_over_the_first_images():
+    head, codes = CurveHead(TOKENS, 3, 8), torch.randn(700, TOKENS, 3)
+    for part in codes[:600].split(100):
+        head.observe(part)
+    expected = codes[:600].square().mean((0, 2))
+    torch.testing.assert_close(head.power, expected, atol=1e-4, rtol=1e-4)
+    head.observe(codes[600:])  # enough were seen
+    torch.testing.assert_close(head.power, expected, atol=1e-4, rtol=1e-4)
+    assert head.seen == 600 and {"power", "seen"} <= set(head.state_dict())
 
 
 def test_it_computes_in_float32_under_autocast():

@@ -5,11 +5,12 @@ from tok1d.training.tasks.base import TokenizerTask
 from tok1d.training.tasks.binary import BinaryTask
 from tok1d.training.tasks.calibrate import CalibrationTask
 from tok1d.training.tasks.flow import FlowTask
+from tok1d.training.tasks.halting import HaltingTask
 from tok1d.training.tasks.proxy import DecoderTask, ProxyCodeTask
 from tok1d.training.tasks.reconstruction import ReconstructionTask
 from tok1d.training.tasks.text import TextTask
 
 __all__ = [
-    "AdversarialTask", "BinaryTask", "CalibrationTask", "DecoderTask", "FlowTask", "ProxyCodeTask", "ReconstructionTask", "TextTask",
-    "TokenizerTask",
+    "AdversarialTask", "BinaryTask", "CalibrationTask", "DecoderTask", "FlowTask", "HaltingTask", "ProxyCodeTask",
+    "ReconstructionTask", "TextTask", "TokenizerTask",
 ]  # fmt: skip
