@@ -19,7 +19,7 @@ from tests.training.test_own_losses import flow
 from tok1d.data.module import DrawnData
 from tok1d.errors import ModelError
 from tok1d.training.callbacks import CodebookUsage
-from tok1d.training.tasks import AdversarialTask, ReconstructionTask
+from tok1d.training.tasks import AdversarialTask, HaltingTask, ReconstructionTask
 
 STEPS, BATCH = 4, 4
 
@@ -38,6 +38,11 @@ def play() -> AdversarialTask:
 def sample() -> ReconstructionTask:
     """Times and noise of a flow."""
     return ReconstructionTask(flow(), lr=1e-3, warmup_steps=2)
+
+
+def halt(ranks: int) -> HaltingTask:
+    """Measurements that every rank remembers."""
+    return HaltingTask(tiny.fsq(), prefixes=2, memory=10, fitted=8 // ranks, lr=1e-3, warmup_steps=2)
 
 
 class Sick(ReconstructionTask):
@@ -70,7 +75,7 @@ def setup(name: str, folder: Path, ranks: int) -> tiny.Setup:
     options: dict[str, Any] = {"accumulate_grad_batches": 2 if name == "reconstruct" else 1, "limit_val_batches": 1.0, "val_check_interval": STEPS}
     if ranks > 1:
         options |= {"devices": ranks, "strategy": "ddp"}
-    task = {"reconstruct": reconstruct, "play": play, "sample": sample}.get(name)
+    task = {"reconstruct": reconstruct, "play": play, "sample": sample, "halt": lambda: halt(ranks)}.get(name)
     data = Uneven(images=16, val_images=3, size=16, batch_size=BATCH // ranks)
     made = Sick(tiny.fsq()) if name == "sick" else task() if task else ReconstructionTask(tiny.fsq())
     more = [CodebookUsage(), *([Signal()] if name == "signal" else [])]
@@ -85,14 +90,14 @@ def result(done: tiny.Done) -> dict[str, Any]:
             if key.endswith("qkv.bias"):  # a softmax does not feel the bias of keys: its gradient is rounding, which AdamW makes as large as any
                 value.chunk(3)[1].zero_()
     values = {k: v.item() for k, v in done.trainer.callback_metrics.items() if k.startswith("val/") and "flow" not in k}  # noise by batch
-    return {"losses": done.record.losses, "values": values, **{k: saved[k] for k in ("state_dict", "current_model_state", "adversary") if k in saved}}
+    return {"losses": done.record.losses, "values": values, **{k: saved[k] for k in ("state_dict", "current_model_state", "adversary", "halting_memory") if k in saved}}
 
 
 def work(rank: int, port: int, folder: Path) -> None:
     """A process of two, as a launcher starts it."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    for name in ("reconstruct", "play", "sample"):
+    for name in ("reconstruct", "play", "sample", "halt"):
         torch.manual_seed(rank)  # nothing may hang on it
         torch.save(result(setup(name, folder, 2).run()), folder / f"{name}-{rank}.pt")
     try:
@@ -138,7 +143,7 @@ def near(one: Any, two: Any) -> None:
         assert one == (pytest.approx(two, rel=1e-5, abs=1e-5) if isinstance(two, float) else two)
 
 
-@pytest.mark.parametrize("name", ["reconstruct", "play", "sample"])
+@pytest.mark.parametrize("name", ["reconstruct", "play", "sample", "halt"])
 def test_two_processes_are_one_with_the_whole_batch(pair, tmp_path, name):
     """Losses, weights, averages, the discriminator with its optimizer, and what a validation says of uneven shares."""
     alone = result(setup(name, tmp_path, 1).run())
