@@ -159,6 +159,8 @@ class AutoregressiveGenerator(Generator):
             if lengths.shape != (rows,):
                 raise TokenError(f"lengths must be ({rows},), one a row, got {tuple(lengths.shape)}")
             return lengths
+        if self.stop is not None:
+            raise TokenError('a generator with variable="stop" learns from rows of different lengths; the batch has no lengths')
         if self.training and self.announced is not None:
             return chance.draw(lambda all_rows: self.rule.sample(all_rows, tokens, chance.generator))
         return torch.full((rows,), tokens, device=self.device)

@@ -81,6 +81,7 @@ class Softmax(TokenHead):
     """One logit for each id.
 
     Example:
+        >>> import torch
         >>> head = Softmax()
         >>> head.attach(8, TokenSpace(tokens=4, vocab_size=16))
         >>> head.loss(torch.randn(1, 4, 8), torch.zeros(1, 4, dtype=torch.int64), Chance(1)).exp().round().tolist()
