@@ -15,6 +15,7 @@ from tok1d.tokenizers.tokenizer import Tokenizer1D
 ROOT = Path(__file__).parents[2] / "configs"
 TOKENIZER = "tok1d.tokenizers.tokenizer.Tokenizer1D"
 VAE = {"vae_channels": [32] * 4, "vae_layers": 1}  # 8 pixels of a side become one, as published
+NESTED = mix.Mix("SpectralEncoder", "NestedVQ", "SpectralDecoder", "TailDrop uniform")
 PIXELS = {"pixel_width": 8, "pixel_multipliers": [1] * 5, "pixel_depth": 1, "pixel_groups": 2}
 TINY: dict[str, dict[str, Any]] = {
     **mix.ENCODERS,
@@ -125,8 +126,12 @@ def shrunk(name: str, teachers: Path, photos: Path) -> dict[str, Any]:
     """
     recipe = read(f"tokenizer/{name}")
     model = recipe["model"]["init_args"]
-    parts = shrunk_parts(parts_of(recipe))
-    settings: dict[str, Any] = {"tokenizer": {"class_path": TOKENIZER, "init_args": parts}, "val_tokens": None}
+    if isinstance(model["tokenizer"], str):  # a finished model by its name, which has parts of its own
+        Tokenizer1D.from_config(mix.config(NESTED)).save_pretrained(teachers / "start")
+        parts, settings = {}, {"tokenizer": str(teachers / "start"), "val_tokens": None}
+    else:
+        parts = shrunk_parts(parts_of(recipe))
+        settings = {"tokenizer": {"class_path": TOKENIZER, "init_args": parts}, "val_tokens": None}
     if "teacher" in model:
         settings["teacher"] = str(teachers / "vqgan")
     if "vae" in model:

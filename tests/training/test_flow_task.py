@@ -11,11 +11,11 @@ from tok1d.tokenizers.decoders.flow import RectifiedFlowDecoder
 from tok1d.tokenizers.decoders.flow_sampler import seeded_noise
 from tok1d.tokenizers.encoders.flextok import FlexTokEncoder
 from tok1d.tokenizers.lengths import TailDrop
+from tok1d.tokenizers.quantizers import common
 from tok1d.tokenizers.quantizers.fsq import FSQ
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.losses.base import LatentLoss
 from tok1d.training.tasks import FlowTask
-from tok1d.training.tasks import flow as module
 from tok1d.training.vae import load_vae
 
 VIT = {"width": 32, "depth": 2, "heads": 2, "patch_size": 4, "image_size": 16}
@@ -47,8 +47,8 @@ def test_the_loss_is_that_of_the_velocity():
     found, _ = task.losses_of(batch(), LENGTHS, draw())
     net, generator = task.tokenizer.decoder.net, draw()
     t = task.tokenizer.decoder.draw_times(3, generator)
-    null = torch.rand(3, generator=generator) < 0.5
     noise = seeded_noise(torch.randint(2**62, (3,), generator=generator).tolist(), (3, 16, 16))
+    null = torch.rand(3, generator=generator) < 0.5
     clean, total = images * 2 - 1, 0.0
     q = task.tokenizer.quantizer(task.tokenizer.encoder(images)).q
     for i, k in enumerate(LENGTHS.tolist()):  # one by one, each with its own tokens alone
@@ -75,15 +75,16 @@ def test_cached_latents_are_those_of_the_images(tmp_path):
         task.losses_of({**batch(), "latents": latents[:, :, :4, :4]}, LENGTHS, draw())
 
 
-def test_ranks_draw_their_rows_of_the_global_batch(monkeypatch):
-    task, clean = FlowTask(tokenizer()), torch.zeros(4, 3, 16, 16)
-    whole = task.draw_flow(clean, draw())
+def test_ranks_take_their_rows_of_the_global_batch(monkeypatch):
+    task, whole = FlowTask(tokenizer()), batch(4)
+    lengths = torch.tensor([1, 4, 2, 2])
+    together = task.losses_of(whole, lengths, draw())[0]["flow"].item()
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(module, "world", lambda rank=rank: (rank, 2))
-        parts.append(task.draw_flow(clean[:2], draw()))
-    for one, *rows in zip(whole, *parts):
-        assert torch.equal(one, torch.cat(rows))
+        monkeypatch.setattr(common, "world", lambda rank=rank: (rank, 2))
+        rows = slice(2 * rank, 2 * rank + 2)
+        parts.append(task.losses_of({"image": whole["image"][rows], "key": whole["key"][rows]}, lengths[rows], draw())[0]["flow"].item())
+    assert sum(parts) / 2 == pytest.approx(together, rel=1e-5) and parts[0] != pytest.approx(parts[1], rel=1e-3)
 
 
 class Align(LatentLoss):

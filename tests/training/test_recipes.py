@@ -70,7 +70,7 @@ def test_print_config_of_every_recipe(run, name):
     shown, recipe = yaml.safe_load(out), recipes.read(f"tokenizer/{name}")
     assert code == 0 and shown["trainer"]["fast_dev_run"] is True, err
     assert shown["model"]["class_path"].rpartition(".")[2] == recipe["model"]["class_path"].rpartition(".")[2]
-    assert shown["model"]["init_args"]["tokenizer"]["init_args"]["name"] and shown["data"]["init_args"]["size"]
+    assert shown["model"]["init_args"]["tokenizer"] and shown["data"]["init_args"]["size"]
 
 
 # architectures ---------------------------------------------------------------------------------------------------

@@ -203,13 +203,20 @@ class RectifiedFlowDecoder(Decoder):
             return source(images) if source is self.vae_encoder else source.latents(images)
 
     def training_flow(
-        self, q: Tensor, mask: Tensor | None, images: Tensor, generator: torch.Generator | None = None
+        self,
+        q: Tensor,
+        mask: Tensor | None,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
     ) -> Flow:
-        """One evaluation at random times with its target; arguments as :meth:`own_losses`."""
-        clean = self.latents(images)
-        rows, shape = len(clean), clean.shape[1:]
+        """One evaluation at random times with its target; arguments as :meth:`own_losses`, and the images' latents if they are known."""
+        clean = self.latents(images) if latents is None else latents
+        rows, shape = len(clean), tuple(clean.shape[1:])
         t = rank_rows(rows, lambda n: self.draw_times(n, generator)).to(clean.device)
-        noise = rank_rows(rows, lambda n: torch.randn(n, *shape, generator=generator, device="cpu")).to(clean.device)
+        # One seed an image: a rank does not draw the noise of all others, which at a batch of 2048 takes longer than the step.
+        seeds = rank_rows(rows, lambda n: torch.randint(2**62, (n,), generator=generator, device="cpu"))
+        noise = seeded_noise(seeds.tolist(), shape, clean.device)
         null = (rank_rows(rows, lambda n: torch.rand(n, generator=generator, device="cpu")) < self.null_prob).to(clean.device)
         weight = t[:, None, None, None]
         flow = self.net.flow(weight * noise + (1 - weight) * clean, t, q, mask, null)

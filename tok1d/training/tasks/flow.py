@@ -16,10 +16,8 @@ from torch import Tensor
 
 from tok1d.errors import ModelError, UsageError
 from tok1d.tokenizers.decoders.flow import RectifiedFlowDecoder
-from tok1d.tokenizers.decoders.flow_sampler import seeded_noise
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.losses.base import ImageLoss, LatentLoss
-from tok1d.training.ranks import world
 from tok1d.training.tasks.base import TokenizerTask
 from tok1d.training.tasks.coding import quantize
 from tok1d.training.vae import load_vae
@@ -34,12 +32,11 @@ class FlowTask(TokenizerTask):
             those of ``init_from``, and is right without a VAE (``vae_channels: null``).
         init_from, lr, warmup_steps, final_lr, betas, weight_decay, val_tokens, val_steps, compile, compile_backend, seed: see
             :class:`tok1d.training.tasks.base.TokenizerTask`.
-        losses: further losses of latents by log name; ``alignment`` may be one of features (float (B, P, W), images), such as
-            :class:`tok1d.training.losses.alignment.FeatureAlignment`: it is given the patches of the decoder after its second block.
+        losses: further losses of latents by log name, such as :class:`tok1d.training.losses.alignment.FeatureAlignment` on the
+            decoder's second block.
         weights: as there; ``flow`` is 1 unless given.
 
     Latents are read from the batch (``latents``) where the data has them cached: those of ``LatentEncoder``, scaling factor included.
-    Times, noise and dropped conditions of an image follow from its place in the batch of all ranks.
     """
 
     def __init__(
@@ -70,12 +67,10 @@ class FlowTask(TokenizerTask):
             load_vae(tokenizer, vae)
 
     def losses_of(self, batch: dict[str, Any], lengths: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        decoder, clean = self.tokenizer.decoder, self.latents(batch)  # (B, C, h, w)
+        clean = self.latents(batch)  # (B, C, h, w)
         coded = quantize(self.tokenizer, self.encode(clean, batch["image"]), lengths)
-        t, noise, null = self.draw_flow(clean, draw)
-        share = t[:, None, None, None]
-        flow = decoder.net.flow(share * noise + (1 - share) * clean, t, coded.q, coded.given, null)
-        found = {"flow": F.mse_loss(flow.velocity, noise - clean)}
+        flow = self.tokenizer.decoder.training_flow(coded.q, coded.given, batch["image"], draw, clean)
+        found = {"flow": F.mse_loss(flow.velocity, flow.target)}
         return {**found, **coded.output.losses, **self.latent_losses(coded.output, batch)}, coded.output.stats
 
     def latents(self, batch: dict[str, Any]) -> Tensor:
@@ -98,12 +93,3 @@ class FlowTask(TokenizerTask):
         """Float (B, N, D) before the quantizer; of the latents, where the encoder works on the same ones."""
         encoder, decoder = self.tokenizer.encoder, self.tokenizer.decoder
         return encoder.encode_latents(latents) if decoder.vae_source is encoder else encoder(images)
-
-    def draw_flow(self, clean: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Times (B,), noise (B, C, h, w) and which images are told nothing, bool (B,): this rank's rows of those of all ranks."""
-        decoder, (rank, ranks) = self.tokenizer.decoder, world()
-        rows, total = slice(rank * len(clean), (rank + 1) * len(clean)), ranks * len(clean)
-        t = decoder.draw_times(total, draw)[rows]
-        null = torch.rand(total, generator=draw)[rows] < decoder.null_prob
-        seeds = torch.randint(2**62, (total,), generator=draw)[rows]  # an image's own: nobody draws the noise of others' rows
-        return t.to(clean.device), seeded_noise(seeds.tolist(), decoder.latent_shape, clean.device), null.to(clean.device)

@@ -134,6 +134,7 @@ class DecoderTask(AdversarialTask):
             part.requires_grad_(False)
             for name in getattr(part, "loss_weights", {}):
                 self.weights.pop(name, None)  # of a quantizer that does not learn
+        self.train()
 
     def train(self, mode: bool = True) -> DecoderTask:
         """Encoder and quantizer stay in eval mode: no codes are drawn, no averages move."""
