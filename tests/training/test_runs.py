@@ -13,6 +13,7 @@ from PIL import Image
 
 import tok1d
 from tok1d.cli.main import main
+from tok1d.errors import ImageError
 
 pytest.importorskip("lightning")
 CONFIG = str(Path(__file__).parents[2] / "configs/debug/titok_fsq.yaml")
@@ -126,8 +127,11 @@ def test_photos_from_a_shard_and_a_folder_with_one_broken(tmp_path, caplog):
     plain = Photos(index_images([folder]), 32, (0.5, 1.0), seed=1)
     shard = Photos(index_images([tmp_path / "shard.tar"]), 32, (0.5, 1.0), seed=1)
     assert len(plain) == len(shard) == 5
-    for i in range(5):
+    for i in (0, 1, 2, 4):
         assert torch.equal(plain[i, 7]["image"], shard[i, 7]["image"])
+    for photos in (plain, shard):
+        with pytest.raises(ImageError, match="not an image"):
+            photos[3, 7]
     assert not torch.equal(plain[0, 7]["image"], plain[0, 8]["image"])  # the draw number decides the crop
     assert int(sum(plain.broken)) == 1 and "3" in caplog.text
 
