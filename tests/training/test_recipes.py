@@ -129,3 +129,36 @@ def test_pages_are_those_of_the_table(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "scripts/write_recipes.py"), run_name="__main__")
     assert stop.value.code == 0, capsys.readouterr().out
+
+
+# overlays --------------------------------------------------------------------------------------------------------
+
+
+def overlay(name: str, place: Path) -> None:
+    """Write tiny.yaml: the shrunk recipe without its data, which an overlay says."""
+    tiny = recipes.shrunk(name, place, place / "photos")
+    tiny["data"] = {"class_path": tiny["data"]["class_path"], "init_args": {"size": 32, "batch_size": 2, "workers": 0}}
+    Path("tiny.yaml").write_text(yaml.safe_dump(tiny))
+
+
+def test_targets_that_were_cached_are_trained_on(run, place):
+    """As the headers of data/cached_codes and data/cached_latents have it, at tiny size."""
+    photos = str(place / "photos")
+    for name, data, model, what in (("titok_s_128_stage1", "codes", "vqgan", "ids"), ("flextok_d12_d12", "latents", "start", "vae")):
+        overlay(name, place)
+        if what == "vae":
+            recipes.build(recipes.shrunk_parts(recipes.parts_of(recipes.read(f"tokenizer/{name}")))).save_pretrained(place / "start")
+        for part in ("train", "val"):
+            assert main(["tokenize", photos, "-m", str(place / model), "-o", f"runs/{data}/{part}", "--what", what, "--views", "2"]) == 0
+        arguments = ("--config", f"tokenizer/{name}", "--config", f"data/cached_{data}", "--config", "tiny.yaml", "--data.train", f"[{photos}]")
+        code, _, err = run(*arguments, "--data.val", f"[{photos}]", "--trainer.fast_dev_run", "true")
+        assert code == 0 and "val/psnr" in err, err
+
+
+@pytest.mark.parametrize(("name", "where"), [("data/small", "photos"), ("data/shards", "photos.tar"), ("debug/overlay", None)])
+def test_other_overlays_fit_on_recipes(run, place, name, where):
+    overlay("titok_bl_64_vq8k", place)
+    data = ("--data.train", f"[{place / where}]", "--data.val", f"[{place / 'photos'}]") if where else ()
+    last = ("--config", name) if where else ("--config", name, "--data.init_args.size", "32")
+    code, _, err = run("--config", "tokenizer/titok_bl_64_vq8k", "--config", "tiny.yaml", *last, *data, "--trainer.fast_dev_run", "true", "--trainer.devices", "1")
+    assert code == 0 and "val/psnr" in err, err
