@@ -88,7 +88,7 @@ class Measure:
         return {}
 
     def add(self, a: State, b: State) -> State:
-        """Two states together; sums by default."""
+        """Two states together, sums by default; ``a`` may be used up."""
         return {k: a[k] + b[k] if k in a and k in b else a.get(k, b.get(k)) for k in {*a, *b}}  # type: ignore[misc]
 
     def results(self, state: State, rate: str) -> Row:
@@ -190,9 +190,14 @@ class Features(Measure):
         return self._sampled(state | rows)
 
     def add(self, a: State, b: State) -> State:
-        both = {k: [s[k] for s in (a, b) if k in s] for k in (*a, *b)}
-        joined = {k: v[0] if len(v) == 1 else v[0] + v[1] if k.endswith(("/n", "/sum", "/outer")) else torch.cat(v) for k, v in both.items()}
-        return self._sampled(joined)
+        for key, value in b.items():
+            if key not in a:
+                a[key] = value
+            elif key.endswith(("/n", "/sum", "/outer")):
+                a[key] += value  # in place: new memory for D × D numbers costs more than the sum
+            else:
+                a[key] = torch.cat([a[key], value])
+        return self._sampled(a)
 
     def _sampled(self, state: State) -> State:
         from tok1d.eval.distribution import least
