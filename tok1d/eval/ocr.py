@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tok1d.errors import ModelError, TokError
+from tok1d.eval.threads import each
 from tok1d.eval.words import Crop, Reading, Refined, WordPool, WordRow, crop_word, refine, word_status
 from tok1d.extras import require
 
@@ -114,15 +115,21 @@ class BucketedCTC:
         lines = [height_64(crop, self.buckets[-1]) for crop in crops]
         widths = np.array([line.shape[1] for line in lines], dtype=np.int64)
         bucket = np.searchsorted(self.buckets, widths)
-        result: list[tuple[str, float]] = [("", 0.0)] * len(crops)
+        jobs = []
         for b, width in enumerate(self.buckets):
-            members = np.flatnonzero(bucket == b)
-            rows = max(2, self.batch * self.buckets[0] // width)
-            for start in range(0, len(members), rows):
-                part = members[start : start + rows]
-                pixels = np.stack([np.pad(lines[i], ((0, 0), (0, width - widths[i])), mode="edge") for i in part])
-                for i, reading in zip(part, self._read(torch.from_numpy(pixels), rows)):
-                    result[i] = reading
+            members, rows = np.flatnonzero(bucket == b), max(2, self.batch * self.buckets[0] // width)
+            jobs += [(members[i : i + rows], width, rows) for i in range(0, len(members), rows)]
+
+        def read(job: int) -> list[tuple[str, float]]:
+            part, width, rows = jobs[job]
+            pixels = np.stack([np.pad(lines[i], ((0, 0), (0, width - widths[i])), mode="edge") for i in part])
+            return self._read(torch.from_numpy(pixels), rows)
+
+        readings = each(read, len(jobs)) if self.device.type == "cpu" else [read(job) for job in range(len(jobs))]
+        result: list[tuple[str, float]] = [("", 0.0)] * len(crops)
+        for (part, _, _), found in zip(jobs, readings):
+            for i, reading in zip(part, found):
+                result[i] = reading
         return result
 
     def _read(self, pixels: Tensor, rows: int) -> list[tuple[str, float]]:
