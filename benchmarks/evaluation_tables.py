@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.record import RESULTS, ROOT
 
 DOCUMENT = ROOT / "docs" / "evaluation.md"
-ORDER = ("default", "webp", "avif", "jpeg", "resize")
+ORDER = ("default", "webp", "jxl", "avif", "jpeg", "resize")
 Column = tuple[str, Any]
 
 
@@ -67,6 +67,9 @@ COLUMNS: dict[str, list[Column]] = {
 }  # fmt: skip
 
 
+BD_COLUMNS = ("psnr", "ms_ssim", "lpips_vgg", "lpips_alex", "fd_tf_efficientnet_lite0", "t_ned", "f_sim")
+
+
 def table(name: str) -> str:
     """One set: a row a system and rate."""
     held = [(s, RESULTS / "evaluation" / f"{name}-{s}.json") for s in ORDER]
@@ -87,7 +90,27 @@ def table(name: str) -> str:
             cost = rate["metrics"].get("file_bytes")
             cells = [system, rate["rate"], str(rate["ok"]), "–" if cost is None or system == "resize" else f"{cost['mean']:.0f}"]
             lines.append("| " + " | ".join(cells + [cell(rate) for _, cell in columns]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(bd_rates(name, dict(summaries)) if summaries[0][0] == "default" else [])])
+
+
+def bd_rates(name: str, summaries: dict[str, dict[str, Any]]) -> list[str]:
+    """Rows of BD-rates in file bytes against the default; none where no curve has enough points."""
+    from tok1d.eval.compare import compare
+
+    found = {}
+    for system in [s for s in ORDER if s in summaries and s not in ("default", "resize")]:
+        paths = [RESULTS / "evaluation" / f"{name}-{s}.json" for s in ("default", system)]
+        rates = compare(*paths, match="none")["bd_rate"]
+        found[system] = {k.removesuffix(" over file_bytes"): v["percent"] for k, v in rates.items() if k.endswith(" over file_bytes")}
+    columns = [c for c in BD_COLUMNS if any(f.get(c) is not None for f in found.values())]
+    if not columns:
+        return []
+    lines = ["", "BD-rate in whole files against the default, at equal quality (negative: needs fewer bytes):", ""]
+    lines += ["| system | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for system, rates in found.items():
+        cells = ["–" if rates.get(c) is None else f"{rates[c]:+.0f} %" for c in columns]
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def main(check: bool) -> int:

@@ -1,18 +1,21 @@
 """The shipped default beside image codecs at equal file bytes and a resize, on photos, text and faces: `tok eval`, end to end.
 
-Four sets of validation data (shards as in docs/results.md): free and research photos by the centre-crop view, 256 × 256 windows
-of street scenes around legible words at native resolution, portraits with landmarks found by YuNet. Budgets are the whole .tok files of 64, 128 and 256
-tokens; codecs may use as many bytes with their whole files, over size and quality.
+Four sets of validation data (shards as in docs/results.md): free and research photos by the centre-crop view, 256 × 256 windows of
+street scenes around legible words at native resolution, portraits with landmarks found by YuNet. 132, 228 and 420 bytes are the whole
+.tok files of 64, 128 and 256 tokens; codecs may use as many with their whole files, over size and quality. Two more budgets make
+curves of five points, enough for a BD-rate: between those where files may be so small, above where they cannot (AVIF, JPEG).
 
-    python -m benchmarks.full_evaluation DATA --out runs/evaluation            # DATA holds the shards; a stopped run goes on
-    tok report runs/evaluation/*/* -o report.html                              # the pages, one a set
+    python -m benchmarks.full_evaluation DATA --images 48      # DATA holds the shards; a stopped run goes on where it stopped
+    python -m benchmarks.full_evaluation DATA --images 4 --sets faces --systems default,webp --out /tmp/try --results /tmp/try
+    python -m benchmarks.evaluation_tables                     # docs/evaluation.md from the summaries
 
-Summaries are copied to benchmarks/results/evaluation/SET-SYSTEM.json.
+Summaries are copied to RESULTS/SET-SYSTEM.json, a page a set is written to RESULTS/SET.html.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,38 +24,63 @@ from benchmarks.record import RESULTS, say
 from tok1d.cli.main import main as tok
 from tok1d.eval.manifest import Manifest, Sample, word
 
-BUDGETS = "132,228,420"  # bytes of the .tok files of 64, 128 and 256 tokens
 TOKENS = "1,8,32,64,128,256"
-SYSTEMS = {"default": [], "webp": [], "jpeg": [], "resize": ["--sides", "32,64,128,256"], "avif": []}
-PIXELS = "pixels,lpips_vgg,lpips_alex,codes,features"
+SMALL, LARGE = "132,180,228,320,420", "330,420,520,640,800"
+SYSTEMS = {
+    "default": ["run", "default", "--tokens", TOKENS], "webp": ["codec", "webp", "--budgets", SMALL], "jxl": ["codec", "jpegxl", "--budgets", SMALL],
+    "jpeg": ["codec", "jpeg", "--budgets", LARGE], "resize": ["codec", "resize", "--sides", "32,64,128,256"], "avif": ["codec", "avif", "--budgets", LARGE],
+}  # fmt: skip
+PHOTOS = "pixels,lpips_vgg,lpips_alex,codes,features"
+SETS = {"photos-free": PHOTOS, "photos-research": PHOTOS, "text": "pixels,text", "faces": "pixels,faces"}
 SIDE = 256
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of the validation shards")
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     parser.add_argument("--images", type=int, default=24, help="of each set (default: 24)")
+    parser.add_argument("--out", type=Path, help="rows and states (default: runs/evaluation-IMAGES)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "evaluation", help=f"summaries and pages (default: {RESULTS.name}/evaluation)")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument("--sets", default=",".join(SETS), help=f"of {', '.join(SETS)}")
     parser.add_argument("--workers", type=int, default=2, help="processes that search codecs (default: 2)")
+    parser.add_argument("--gallery", type=int, default=4, help="pictures in the pages (default: 4)")
     args = parser.parse_args(argv)
-    sets = {name: make(args.data, args.out / "data", name) for name in ("photos-free", "photos-research", "text", "faces")}
-    for system in args.systems.split(","):
-        for name, manifest in sets.items():
-            measures = {"text": "pixels,text", "faces": "pixels,faces"}.get(name, PIXELS)
-            out = args.out / name / system
-            common = [str(manifest), "--images", str(args.images), "--measures", measures, "-o", str(out), "--batch-size", "8"]
-            if system == "default":
-                code = tok(["eval", "run", "default", *common, "--tokens", TOKENS])
-            else:
-                budgets = SYSTEMS[system] or ["--budgets", BUDGETS, "--workers", str(args.workers)]
-                code = tok(["eval", "codec", system, *common, *budgets])
-            if not (out / "summary.json").is_file():
-                raise SystemExit(f"{name} {system} failed with exit code {code}")
-            kept = RESULTS / "evaluation" / f"{name}-{system}.json"
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(out / "summary.json", kept)
-            say(f"{kept}")
+    out = args.out or Path("runs") / f"evaluation-{args.images}"
+    names, systems = args.sets.split(","), args.systems.split(",")
+    for wanted, known in ((names, SETS), (systems, SYSTEMS)):
+        if set(wanted) - set(known):
+            parser.error(f"{', '.join(sorted(set(wanted) - set(known)))}: there are {', '.join(known)}")
+    manifests = {name: make(args.data, out / "data", name) for name in names}
+    args.results.mkdir(parents=True, exist_ok=True)
+    for system in systems:
+        for name in names:
+            folder = out / name / system
+            measure(system, manifests[name], args.images, SETS[name], folder, args.workers)
+            shutil.copy(folder / "summary.json", args.results / f"{name}-{system}.json")
+            say(f"{args.results / f'{name}-{system}.json'}")
+    for name in names:
+        page = args.results / f"{name}.html"
+        done = [str(out / name / s) for s in SYSTEMS if (out / name / s / "summary.json").is_file()]
+        if tok(["report", *done, "-o", str(page), "--no-png", "--gallery", str(args.gallery)]) == 0:
+            say(f"{page}: {page.stat().st_size / 2**20:.2f} MiB")
+
+
+def measure(system: str, manifest: Path, images: int, measures: str, out: Path, workers: int) -> None:
+    """One system on one set; what an earlier call finished is not done again.
+
+    Raises:
+        SystemExit: it failed, or another run lies in its folder.
+    """
+    verb, name, *flags = SYSTEMS[system]
+    flags += ["--workers", str(workers)] if "--budgets" in flags else []
+    common = ["--images", str(images), "--measures", measures, "-o", str(out), "--batch-size", "8"]
+    (out / "summary.json").unlink(missing_ok=True)  # made again from what lies there; an old one must not be taken for it
+    code = tok(["eval", verb, name, str(manifest), *flags, *common])
+    if not (out / "summary.json").is_file():
+        raise SystemExit(f"{out} failed with exit code {code}")
+    took = json.loads((out / "summary.json").read_text("utf-8"))["provenance"]["seconds"]
+    say(f"{out}: {took:.0f} s in this go")
 
 
 def make(data: Path, out: Path, name: str) -> Path:
@@ -65,13 +93,15 @@ def make(data: Path, out: Path, name: str) -> Path:
         Manifest.load(data / f"{name}-val-00000.tar").write(path)
     elif name == "text":
         scenes = out / "scenes.jsonl"
-        assert tok(["eval", "import", "shards", str(data / "text-scenes-00000.tar"), "-o", str(scenes), "-q"]) == 0
+        if tok(["eval", "import", "shards", str(data / "text-scenes-00000.tar"), "-o", str(scenes), "-q"]):
+            raise SystemExit("the street scenes could not be imported")
         windows(Manifest.load(scenes), out / "windows").write(path)
     else:
         whole = Manifest.load(data / "faces-00000.tar")
         plain = out / "faces-plain.jsonl"
         replace(whole, name="faces, keys 651 and up", samples=whole.samples[650:]).write(plain)
-        assert tok(["eval", "annotate", "faces", str(plain), "-o", str(path), "-q"]) == 0
+        if tok(["eval", "annotate", "faces", str(plain), "-o", str(path), "-q"]):
+            raise SystemExit("no landmarks could be found")
     return path
 
 

@@ -12,8 +12,8 @@ CODECS = [name for name, why in codecs.available().items() if not why]
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_bytes_rise_with_quality_and_fall_with_size(codec):
-    sizes = [len(codecs.at_quality(VIEW, codec, quality)[0]) for quality in (5, 50, 95)]
-    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    sizes = [len(codecs.at_quality(VIEW, codec, quality)[0]) for quality in (5, 50, 95, 100)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
     data, picture = codecs.at_quality(VIEW, codec, 50, side=48)
     assert len(data) < sizes[1] and picture.shape == VIEW.shape
     assert codecs.decode(data).shape == (32, 48, 3)
@@ -26,6 +26,24 @@ def test_files_are_real(codec):
     assert np.array_equal(again, picture)
     assert np.abs(again.astype(int) - VIEW).mean() < 6
     assert 0 < codecs.payload_bytes(data) < len(data) or codec == "jxl"
+
+
+@pytest.mark.parametrize("codec", sorted({"jpeg", "webp", "jxl"} & set(CODECS)))
+def test_the_search_is_that_of_brute_force(codec, monkeypatch):
+    monkeypatch.setattr(codecs, "SIZES", (8, 16, 32))
+    monkeypatch.setattr(codecs, "QUALITIES", (0, 40, 100))
+    view = np.asarray(Image.fromarray(VIEW).resize((32, 32)))
+    every = []
+    for side in codecs.SIZES:
+        for quality in codecs.QUALITIES:
+            data, picture = codecs.at_quality(view, codec, quality, side)
+            every.append((len(data), codecs._psnr(view, picture)))
+    budgets = (3, 120, 400, 4000)
+    found = codecs.search(view, codec, budgets)
+    assert found[3] is None and found[4000] is not None
+    for budget in budgets[1:]:
+        best = max((psnr for size, psnr in every if size <= budget), default=None)
+        assert (None if found[budget] is None else found[budget].psnr) == best
 
 
 def test_container_bytes_by_hand():

@@ -85,7 +85,7 @@ def add_parsers(verbs: Any) -> None:
     compare = options.add_verb(sub, "compare", run_compare, "paired differences and BD-rate of two runs on the same images")
     compare.add_argument("a", type=Path, help="folder of a run, or a summary.json alone (no rows: no paired differences)")
     compare.add_argument("b", type=Path)
-    compare.add_argument("--match", choices=("rate", "bytes"), default="rate", help="pair rates of one name, or of about the same bytes; default: rate")
+    compare.add_argument("--match", choices=("rate", "bytes", "none"), default="rate", help="pair rates of one name, of about the same bytes, or none (curves alone); default: rate")
     options.add_json(compare)
 
     imported = options.add_verb(sub, "import", run_import, "turn the annotations of a data set into a manifest")

@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "jpeg": {"format": "JPEG", "optimize": True, "subsampling": "4:2:0"},
     "webp": {"format": "WEBP", "method": 6},
     "avif": {"format": "AVIF", "speed": 2, "subsampling": "4:2:0", "max_threads": 1},
-    "jxl": {"format": "JXL", "effort": 9},
+    "jxl": {"format": "JXL", "effort": 9, "num_threads": 1},
 }
 
 
@@ -56,7 +56,8 @@ def encode(image: Image.Image, codec: str, quality: int) -> bytes:
     if codec == "jxl":
         import pillow_jxl  # noqa: F401  registers the format
     out = io.BytesIO()
-    image.save(out, quality=quality, **OPTIONS[codec])
+    exact = {"lossless": True} if codec == "jxl" and quality == 100 else {}  # its encoder takes 100 in no other way
+    image.save(out, quality=quality, **OPTIONS[codec], **exact)
     return out.getvalue()
 
 

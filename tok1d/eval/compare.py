@@ -153,7 +153,8 @@ def compare(a: Path, b: Path, *, match: str = "rate") -> dict[str, Any]:
 
     Args:
         a, b: folders of ``tok eval``, or their summaries alone, which have no rows to pair.
-        match: ``rate`` pairs rates of one name; ``bytes`` gives each rate of B the rate of A whose mean bytes are nearest (within a third).
+        match: ``rate`` pairs rates of one name; ``bytes`` gives each rate of B the rate of A whose mean bytes are nearest (within a third);
+            ``none`` pairs nothing, for curves alone.
 
     Returns:
         ``pairs`` of rates with paired differences by column (B - A), ``bd_rate`` by quality over ``bytes`` and ``file_bytes``, and ``notes``.
@@ -173,7 +174,7 @@ def compare(a: Path, b: Path, *, match: str = "rate") -> dict[str, Any]:
     tables = [_values(p if p.is_dir() else p.parent) for p in (a, b)]
     notes += [f"{path} has no rows beside it: no paired differences" for path, table in zip((a, b), tables) if not table]
     matched = _match(sides[0]["rates"], sides[1]["rates"], match)
-    if not matched:
+    if not matched and match != "none":
         raise UsageError(f"{a} and {b} have no rates in common ({_names(sides[0])}; {_names(sides[1])}); try --match bytes")
     pairs = [{"a": r["rate"], "b": s["rate"], "differences": _differences(tables[0].get(r["rate"], {}), tables[1].get(s["rate"], {}))} for r, s in matched]
     curves = {}
@@ -239,8 +240,10 @@ def _match(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], how: str) -
     if how == "rate":
         held = {r["rate"]: r for r in a}
         return [(held[r["rate"]], r) for r in b if r["rate"] in held]
+    if how == "none":
+        return []
     if how != "bytes":
-        raise UsageError(f"rates are matched by rate or bytes, got {how!r}")
+        raise UsageError(f"rates are matched by rate, bytes or none, got {how!r}")
     pairs = []
     for other in b:
         cost = other["metrics"].get("file_bytes", {}).get("mean")

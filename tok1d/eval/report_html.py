@@ -147,7 +147,7 @@ def page(title: str, body: str) -> str:
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1d2126;--muted:#667078;--line:#dfe3e6;--tint:#f5f7f8;--link:#0b62a4;--good:#0a7a4b;--bad:#b3361b}
 @media screen and (prefers-color-scheme:dark){:root{--bg:#15181b;--fg:#e3e6e8;--muted:#98a1a8;--line:#31373c;--tint:#1d2125;--link:#7db8ea;--good:#5fce9c;--bad:#f0886d}}
-@media screen and (prefers-color-scheme:dark){.plot img{filter:invert(.917) hue-rotate(180deg)}}
+@media screen and (prefers-color-scheme:dark){.plot img{filter:invert(.917) hue-rotate(180deg);mix-blend-mode:lighten}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
 main{max-width:1280px;margin:0 auto;padding:32px 24px 80px}

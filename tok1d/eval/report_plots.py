@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +143,7 @@ def draw(panels: Sequence[Panel], ylabel: str, *, style: str = "g") -> bytes:
         axis.spines[["left", "bottom"]].set_color(MUTED)
         axis.tick_params(colors=MUTED, labelsize=8, length=3)
         axis.margins(y=0.07)
-    axes[0].set_ylabel("\n".join(textwrap.wrap(_plain(ylabel), 42)), color=INK, fontsize=9)
+    axes[0].set_ylabel(_plain(ylabel if len(ylabel) < 44 else ",\n".join(ylabel.rsplit(", ", 1))), color=INK, fontsize=9)
     if style == "%":
         axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     _levels(axes, panels, MUTED)
@@ -239,7 +238,7 @@ def _shortened(names: Sequence[str]) -> list[str]:
 
 def _plain(text: str) -> str:
     """Without what matplotlib would take for mathematics or leave out of a legend."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text.replace("$", r"\$")).lstrip("_")
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.replace("$", r"\$")).lstrip("_")
 
 
 def _png(rgba: Any) -> bytes:
