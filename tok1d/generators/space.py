@@ -5,7 +5,7 @@ Shapes: B rows, N tokens, d bits of one token, C channels of one latent.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +118,16 @@ class TokenSpace:
         values = asdict(self)
         return {**values, "lengths": None if self.lengths is None else list(self.lengths)}
 
+    def first(self, tokens: int) -> TokenSpace:
+        """The same with fewer tokens, the first ones.
+
+        Raises:
+            TokenError: the tokenizer does not decode so few, or so many.
+        """
+        self.check_tokens(tokens)
+        lengths = None if self.lengths is None else tuple(n for n in self.lengths if n <= tokens)
+        return replace(self, tokens=tokens, lengths=lengths)
+
     @property
     def allowed(self) -> list[int]:
         """Every number of tokens that may be asked for, ascending."""
@@ -210,6 +220,8 @@ class TokenSpace:
             TokenError: its tokens have another form, or its weights are others.
         """
         other = TokenSpace.of(tokenizer, "latents" if self.kind == "latents" else None)
+        if other.nested and self.tokens in other.allowed:  # made for its first tokens
+            other = other.first(self.tokens)
         for name in ("kind", "tokens", "vocab_size", "bits", "channels"):
             if getattr(self, name) != getattr(other, name):
                 raise TokenError(

@@ -92,17 +92,17 @@ def _with_paths(arguments: list[str]) -> list[str]:
 
 
 def _cli_class() -> Any:
+    from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningCLI
 
-    from tok1d.data.module import PhotoData
     from tok1d.training.checkpoints import SafeCheckpointIO, SaveOnStop
-    from tok1d.training.tasks import TokenizerTask
+    from tok1d.training.tasks import TrainingTask
 
     class Run(LightningCLI):
         def __init__(self, arguments: list[str], saver: SaveOnStop) -> None:
             super().__init__(
-                TokenizerTask,
-                PhotoData,
+                TrainingTask,
+                LightningDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
@@ -178,6 +178,7 @@ def _quiet() -> Iterator[None]:
             ".*does not have many workers.*",
             ".*args parameter is intended to run from within Python.*",
             ".*exists and is not empty.*",
+            r".*module\(s\) in eval mode at the start of training.*",
             r".*isinstance\(treespec, LeafSpec\)",
         ):
             warnings.filterwarnings("ignore", message=message)
