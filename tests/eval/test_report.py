@@ -211,6 +211,17 @@ def test_plots_lie_beside_it(made):
     assert sorted(Image.open(p).size for p in grids) == [(16 * 5, 16 * 3), (16 * 5, 16 * 3)]  # original and four rates of three images
 
 
+def test_curves_for_other_programs(made, runs):
+    (path,) = [p for p in made[0].images if p.name == "curves.json"]
+    held = {c["name"]: c for c in json.loads(path.read_text("utf-8"))}
+    assert list(held) == ["dct", "jpeg", "resize"] and held["dct"]["tokens"] == [1, 4, 16, 32] and held["jpeg"]["tokens"] == [None] * 4
+    rates = json.loads((runs / "jpeg" / "summary.json").read_text())["rates"]
+    results = held["jpeg"]["results"]
+    assert results["bpp"] == [r["metrics"]["file_bpp"]["mean"] for r in rates] and results["payload_bpp"] == [r["metrics"]["bpp"]["mean"] for r in rates]
+    assert results["psnr-rgb"] == [r["metrics"]["psnr"]["mean"] for r in rates] and "t_acc" not in results and len(held["dct"]["results"]["t_acc"]) == 4
+    assert all(len(values) == len(curve["rate"]) for curve in held.values() for values in curve["results"].values())
+
+
 def test_plots_show_curves_levels_and_names_of_any_kind(runs):
     held = load_runs([runs / "tokens", runs / "jpeg", runs / "resize"])
     for run in held:

@@ -26,7 +26,7 @@ def add_parsers(verbs: Any) -> None:
         "--gallery", type=options.natural_int, default=4, metavar="N",
         help="images at every rate, words and faces of each size, and a quarter as many best and worst of each rate; default: 4, 0: none, 8: all kept",
     )  # fmt: skip
-    parser.add_argument("--png", type=Path, metavar="FOLDER", help="plots and grids of pictures as PNG; default: the page's name with _files")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="plots and grids of pictures as PNG, and curves.json; default: the page's name with _files")
     parser.add_argument("--no-png", action="store_true", help="write the page alone")
     options.add_json(parser)
 

@@ -6,6 +6,7 @@ The page is a function of the runs alone: the same runs give the same bytes. Wha
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tok1d.errors import UsageError
 from tok1d.eval import report_pictures as pictures
 from tok1d.eval import report_plots as plots
 from tok1d.eval import report_tables as tables
-from tok1d.eval.report_data import Column, Run, as_json, columns, load_runs, versions_differ
+from tok1d.eval.report_data import Column, Run, as_json, columns, curves, load_runs, versions_differ
 from tok1d.eval.report_html import (
     Value,
     cell,
@@ -45,7 +46,7 @@ class Report:
 
     Attributes:
         page: the HTML file.
-        images: PNG files.
+        images: PNG files, and ``curves.json``.
         notes: what could not be shown.
     """
 
@@ -60,7 +61,7 @@ def make_report(paths: Sequence[Path], output: Path, images: Path | None = None,
     Args:
         paths: folders of ``tok eval`` runs, or folders that hold some; tokenizers are shown first, codecs and resizes last.
         output: the HTML file.
-        images: folder of the PNG files; none are written if None.
+        images: folder of the PNG files and of ``curves.json``; none are written if None.
         gallery: images shown at every rate, and words and faces of each size, of those that the runs kept (8, and 6 faces); a
             quarter as many best and worst of each rate. The bytes of the page are mostly theirs.
 
@@ -76,6 +77,7 @@ def make_report(paths: Sequence[Path], output: Path, images: Path | None = None,
         folder.mkdir(parents=True, exist_ok=True)
     atomic_write(output, text.encode("utf-8"))
     written = []
+    drawn["curves.json"] = (json.dumps(curves(runs, columns(runs)), indent=1, ensure_ascii=False) + "\n").encode()
     for name, data in drawn.items() if images else ():
         path = images / name  # type: ignore[operator]
         atomic_write(path, data)

@@ -249,3 +249,17 @@ def as_json(run: Run) -> str:
     head = {k: v for k, v in run.summary.items() if k != "rates"}
     whole = json.dumps(head, ensure_ascii=False)[:-1] + ', "rates": [\n'
     return whole + ",\n".join(json.dumps(rate, ensure_ascii=False) for rate in run.rates) + "\n]}"
+
+
+def curves(runs: Sequence[Run], found: Sequence[Column]) -> list[dict[str, Any]]:
+    """What other plotting programs read: a curve a run in CompressAI's form, ``results`` of equally long lists; bpp is that of whole files."""
+    keys = {"psnr": "psnr-rgb", "ms_ssim": "ms-ssim-rgb"}
+    made = []
+    for run in runs:
+        points = [rate for rate in run.rates if rate["ok"]]
+        lists = {c.key: [v.mean if (v := c.find(rate)) else None for rate in points] for c in found}
+        lists = {keys.get(k, k): values for k, values in lists.items() if any(v is not None for v in values)}
+        lists = {"bpp": lists.pop("file_bpp", []), **({"payload_bpp": lists.pop("bpp")} if "bpp" in lists else {}), **lists}
+        rates = {"rate": [rate["rate"] for rate in points], "images": [rate["ok"] for rate in points], "tokens": [run.tokens(rate) for rate in points]}
+        made.append({"name": run.label, "description": f"{run.conditions['data']['name']}, {run.conditions['protocol']['id']}", "results": lists, **rates})
+    return made
