@@ -148,7 +148,7 @@ def unmask(
     for step in range(steps):
         if most[step]:
             rest = 1 - (step + 1) / steps
-            places = masked.byte().argsort(1, descending=True, stable=True)[:, : most[step]]
+            places = masked.byte().argsort(dim=1, descending=True, stable=True)[:, : most[step]]
             logits = predict(step, ids, masked, places)
             if annealing:
                 logits = logits / (0.5 + 0.8 * rest)
