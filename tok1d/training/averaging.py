@@ -44,7 +44,7 @@ class EMA(lightning.Callback):
         self._step, params = trainer.global_step, self.parameters(task)
         if not self.updates:
             self.means = {name: p.detach().float().clone() for name, p in params.items()}
-        else:
+        elif params:  # a calibration trains none
             share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
             self.means = {name: self.means[name].to(p.device) for name, p in params.items()}
             torch._foreach_lerp_(list(self.means.values()), [p.detach().float() for p in params.values()], share)
