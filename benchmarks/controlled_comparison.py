@@ -3,8 +3,8 @@
     python -m benchmarks.controlled_comparison TRAIN.tar … --val VAL.tar --only vq,fsq
     python -m benchmarks.controlled_comparison --table
 
-Every variant is a 2.0 M parameter TiTok for 64 × 64 pixels with 32 tokens of 12 bits that differs from ``fsq`` in one thing.
-Photos are shrunk once to a shorter edge of 96 pixels. What is measured: PSNR, LPIPS (VGG16; training sees AlexNet's), use of
+Every variant is a 1.4 M parameter TiTok for 32 × 32 pixels with 16 tokens of 12 bits that differs from ``fsq`` in one thing.
+Photos are shrunk once to a shorter edge of 48 pixels. What is measured: PSNR, LPIPS (VGG16, pictures enlarged twice), use of
 the codes and the entropy at each position, on centre crops of the validation photos, the averaged weights, 8-bit pictures.
 A finished variant is not run again. Results: benchmarks/results/controlled_comparison.json.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.record import CACHE, RESULTS, load, save, say
@@ -42,9 +43,9 @@ from tok1d.training.callbacks import entropy_bits
 from tok1d.training.tasks import ReconstructionTask
 
 lightning = require("lightning", "train")
-TOKENS, SIDE, EDGE, COUNTS = 32, 64, 96, (1, 2, 4, 8, 16, 32)
-LOSSES = {"l1": 1.0, "lpips_alex": 0.3}
-RECIPE = {"lr": 1e-3, "warmup_steps": 50, "final_lr": 0.05, "seed": 0}
+TOKENS, SIDE, EDGE, COUNTS = 16, 32, 48, (1, 2, 4, 8, 16)
+LOSSES = {"l1": 1.0, "l2": 4.0}
+RECIPE = {"lr": 1e-3, "warmup_steps": 100, "final_lr": 0.05, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,15 @@ VARIANTS = {
     "glfq": Variant("grouped LFQ, 2 × 6 bits", "glfq"),
     "tail_drop": Variant("FSQ, tail drop: uniform lengths", distribution="uniform"),
     "powers": Variant("FSQ, tail drop: powers of two", distribution="powers_of_two"),
-    "align": Variant("FSQ + token relations of a classifier", extra={"relation": 0.5}),
-    "gan": Variant("FSQ + adversarial loss from step 300", extra={"gan": 0.1}),
+    "align": Variant("FSQ + relations between images as a classifier sees them", extra={"relation": 0.5}),
+    "gan": Variant("FSQ + adversarial loss from step 700", extra={"gan": 0.1}),
 }
 
 
 def build(variant: Variant) -> Tokenizer1D:
     """The tokenizer of a variant, with the same initial encoder and decoder wherever shapes agree."""
     quantizer: Quantizer = QUANTIZERS[variant.quantizer]()
-    size: dict[str, Any] = {"width": 128, "depth": 4, "heads": 4, "patch_size": 8, "image_size": SIDE}
+    size: dict[str, Any] = {"width": 128, "depth": 3, "heads": 4, "patch_size": 8, "image_size": SIDE}
     torch.manual_seed(1)
     encoder = TiTokEncoder(TOKENS, quantizer.dim, **size)
     torch.manual_seed(2)
@@ -101,20 +102,20 @@ def task_of(variant: Variant, tokenizer: Tokenizer1D, steps: int) -> Any:
     weights = {**LOSSES, **variant.extra}
     if "gan" in variant.extra:
         from tok1d.training.losses.adversarial import Adversary
-        from tok1d.training.losses.discriminators import PatchGAN
+        from tok1d.training.losses.discriminators import PatchDiscriminator
         from tok1d.training.tasks import AdversarialTask
 
-        adversary = Adversary(PatchGAN(width=32, layers=2), start=min(300, steps // 3), lr=3e-4)
+        adversary = Adversary(PatchDiscriminator(width=32, layers=2), start=min(700, steps // 3), lr=3e-4)
         return AdversarialTask(tokenizer, adversary=adversary, weights=weights, **RECIPE)
     if "relation" in variant.extra:
-        from tok1d.training.losses.alignment import TokenRelation
+        from tok1d.training.losses.alignment import ImageRelation
 
-        return ReconstructionTask(tokenizer, weights=weights, losses={"relation": TokenRelation()}, **RECIPE)
+        return ReconstructionTask(tokenizer, weights=weights, losses={"relation": ImageRelation(size=96)}, **RECIPE)
     return ReconstructionTask(tokenizer, weights=weights, **RECIPE)
 
 
 def shrink(shards: list[str], name: str) -> Path:
-    """The photos of some shards as one shard of PNGs with a shorter edge of 96 pixels, made once."""
+    """The photos of some shards as one shard of PNGs with a shorter edge of 48 pixels, made once."""
     from PIL import Image
 
     path = CACHE / f"{name}-{EDGE}.tar"
@@ -168,7 +169,8 @@ def score(tokenizer: Tokenizer1D, images: Tensor, lpips: Perceptual) -> dict[str
     for k in counts:
         out = (tokenizer.decode(seq[:, :k]).clamp(0, 1) * 255).round() / 255
         error = (out - target).square().flatten(1).mean(1).double()
-        distance = torch.cat([lpips(a, b) for a, b in zip(out.split(64), target.split(64), strict=True)])
+        pairs = zip(_twice(out).split(64), _twice(target).split(64), strict=True)
+        distance = torch.cat([lpips(a, b) for a, b in pairs])
         psnr = -10 * error.log10()
         spread = {n: 1.96 * v.std().item() / len(v) ** 0.5 for n, v in (("psnr", psnr), ("lpips", distance.double()))}
         curve.append(
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("train", nargs="*", help="shards or folders of training photos")
     parser.add_argument("--val", nargs="+", default=[], help="shards or folders that only measure")
     parser.add_argument("--only", help=f"variants, comma-separated; default: {','.join(VARIANTS)}")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
@@ -202,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     train_shard, val_shard = shrink(args.train, "comparison-train"), shrink(args.val, "comparison-val")
     views = Photos(index_images([val_shard]), SIDE)
-    images = torch.stack([_image(views[i]) for i in range(len(views))])
+    images = torch.stack([views[i]["image"] for i in range(len(views))])
     lpips = Perceptual("vgg")
     for name in args.only.split(",") if args.only else VARIANTS:
         path = CACHE / f"comparison-{name}-{args.steps}x{args.batch}.json"
@@ -218,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     body = {
         "protocol": {
             "view": f"shorter edge to {EDGE} (Lanczos), then to {SIDE} (bicubic, antialias), centre crop",
-            "psnr": "8-bit reconstruction, mean over images", "lpips": "LPIPS 0.1, VGG16, at 64 pixels", "interval": "95 %, normal",
+            "psnr": "8-bit reconstruction, mean over images", "lpips": "LPIPS 0.1, VGG16, pictures enlarged to 64 pixels (bicubic)", "interval": "95 %, normal",
             "val_images": len(images),
         },
         "recipe": {"steps": args.steps, "batch": args.batch, "tokens": TOKENS, "bits_per_token": 12, "losses": LOSSES, **RECIPE},
@@ -227,8 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     print(save("controlled_comparison", body, threads=torch.get_num_threads(), folder=args.results))
 
 
-def _image(sample: Any) -> Tensor:
-    return sample["image"] if isinstance(sample, dict) else sample
+def _twice(images: Tensor) -> Tensor:
+    return F.interpolate(images, scale_factor=2, mode="bicubic").clamp(0, 1)
 
 
 def table(result: dict[str, Any]) -> str:
