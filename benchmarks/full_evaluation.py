@@ -80,6 +80,8 @@ def measure(system: str, manifest: Path, images: int, measures: str, out: Path, 
     path.unlink(missing_ok=True)  # made again from what lies there; an old one must not be taken for it
     code = tok(["eval", verb, name, str(manifest), *flags, *common])
     if not path.is_file():
+        if before:
+            path.write_bytes(before)
         raise SystemExit(f"{out} failed with exit code {code}")
     made = json.loads(path.read_bytes())
     if before and {**json.loads(before), "provenance": 0} == {**made, "provenance": 0}:  # done earlier: that go's date and speed stay

@@ -67,6 +67,7 @@ def test_points_at_the_floor_of_a_measure_are_left_out():
     assert bd_of(rising, points([0.11, 0.11, 0.1, 0.3, 0.6, 0.9])).percent == pytest.approx(0)
     assert "does not rise" in bd_of(rising, points([0.1, 0.3, 0.25, 0.6, 0.9])).reason
     falling = points([-q.quality for q in rising], (4, 8, 16, 32))
+    assert bd_of(points([0.9, 0.5, 0.7, 0.1], (4, 8, 16, 32)), falling, better=-1).reason == "curve A does not fall: 0.5 at rate 8, 0.7 at 16"
     assert bd_of(falling, points([-0.1, -0.3, -0.6, -0.9], (2, 4, 8, 16)), better=-1).percent == pytest.approx(-50)
 
 

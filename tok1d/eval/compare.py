@@ -8,6 +8,7 @@ overlap — otherwise there is no number, but a reason.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,6 +118,8 @@ def bd_of(a: Sequence[Point], b: Sequence[Point], better: int = 1) -> Delta:
         left += [f"{len(points) - len(whole)} of curve {name}"] if len(whole) < len(points) else []
         curves.append(_above_floor([(p.rate, better * p.quality) for p in sorted(whole, key=lambda p: p.rate)]))
     delta = bd_rate(*[[p[i] for p in curve] for curve in curves for i in (0, 1)])
+    if better < 0:  # a reason speaks of the measure as it is
+        delta = replace(delta, reason=re.sub(r"-(?=[\d.]+(?:e[-+]?\d+)? at )", "", delta.reason).replace("does not rise", "does not fall"))
     if delta.percent is None and left:
         return replace(delta, reason=f"{delta.reason}; rates that do not cover all {most} are left out: {', '.join(left)}")
     return delta
