@@ -66,8 +66,8 @@ def model_card(run: Run, dtype: str, scores: dict[str, Any]) -> str:
         "Parts": " × ".join(type(part).__name__ for part in parts),
         "Parameters": f"{sum(p.numel() for p in tok.parameters()):,}, stored as {dtype}",
     }
-    lines = [f"# {tok.name}", "", _sentence(tok), "", *_usage(tok), "## Model", "", *_table(rows)]
-    lines += _training_lines(run)
+    lines = [f"# {tok.name}", "", _sentence(tok), "", *_usage(tok), "## Model", "", *table(rows)]
+    lines += training_lines(run)
     lines += _score_lines(scores) if scores else []
     return "\n".join(lines).rstrip() + "\n"
 
@@ -101,7 +101,8 @@ def _usage(tok: Tokenizer1D) -> list[str]:
     ]
 
 
-def _training_lines(run: Run) -> list[str]:
+def training_lines(run: Any) -> list[str]:
+    """The section on the training of a run; one that has ``step``, ``settings``, ``seconds`` and ``images``."""
     if run.step is None:
         return []
     s, data = run.settings, run.settings.get("data", {})
@@ -120,7 +121,7 @@ def _training_lines(run: Run) -> list[str]:
         "Precision": s.get("precision", ""),
         "Seed": str(s.get("seed", "")),
     }  # fmt: skip
-    return ["## Training", "", *_table({k: v for k, v in rows.items() if v})]
+    return ["## Training", "", *table({k: v for k, v in rows.items() if v})]
 
 
 def _score_lines(scores: dict[str, Any]) -> list[str]:
@@ -137,7 +138,8 @@ def _score_lines(scores: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(rows: dict[str, str]) -> list[str]:
+def table(rows: dict[str, str]) -> list[str]:
+    """Lines of a table with two columns."""
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
 
 

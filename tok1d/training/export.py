@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tok1d import hub
 from tok1d.disk import atomic_write
@@ -61,22 +61,47 @@ def load_run(source: Path) -> Run:
     checkpoint = load_plain(path)
     if "tokenizer_config" not in checkpoint and "run_settings" not in checkpoint:
         return Run(hub.load(path))  # a checkpoint of somebody else's training, perhaps of a known family
-    step, settings, state = (checkpoint.get(k) for k in ("global_step", "run_settings", "state_dict"))
-    plain = isinstance(checkpoint.get("tokenizer_config"), dict) and isinstance(state, dict) and isinstance(step, int)
+    config, state, kept = parts_of(path, checkpoint, "tokenizer")
+    tokenizer = Tokenizer1D.from_config(config)
+    fill(tokenizer, state, path)
+    return Run(tokenizer.eval(), **kept)
+
+
+def parts_of(path: Path, checkpoint: dict[str, Any], kind: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Of a checkpoint of ``tok fit``: configuration, weights, and step, settings, seconds and images.
+
+    Args:
+        path: of the checkpoint, for messages.
+        checkpoint: what :func:`load_plain` read.
+        kind: what was trained, ``tokenizer`` or ``generator``.
+
+    Raises:
+        ModelError: these are not in it.
+    """
+    step, settings, state, config = (checkpoint.get(k) for k in ("global_step", "run_settings", "state_dict", f"{kind}_config"))
+    plain = isinstance(config, dict) and isinstance(state, dict) and isinstance(step, int)
     if not plain or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ModelError(f"{path} was not written by 'tok fit' (no tokenizer_config and weights in it)")
-    tokenizer = Tokenizer1D.from_config(checkpoint["tokenizer_config"])
-    weights: dict[str, Tensor] = {k.removeprefix("tokenizer."): v for k, v in state.items() if k.startswith("tokenizer.")}
+        raise ModelError(f"{path} was not written by 'tok fit' (no {kind}_config and weights in it)")
+    weights = {k.removeprefix(f"{kind}."): v for k, v in state.items() if k.startswith(f"{kind}.")}
+    spent = _throughput(checkpoint)
+    known = settings if isinstance(settings, dict) else {}
+    kept = {"step": step, "settings": known, "seconds": float(spent.get("seconds", 0)), "images": int(spent.get("images", 0))}
+    return config, weights, kept
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load the weights of a checkpoint into a model.
+
+    Raises:
+        ModelError: they do not fit, or are not finite.
+    """
     try:
-        tokenizer.load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"{path}: weights do not fit the configuration stored beside them: {error}") from error
     bad = [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
         raise ModelError(f"{path}: {bad[0]} and {len(bad) - 1} more hold NaN or infinity; export an earlier checkpoint")
-    spent = _throughput(checkpoint)
-    known = settings if isinstance(settings, dict) else {}
-    return Run(tokenizer.eval(), step, known, float(spent.get("seconds", 0)), int(spent.get("images", 0)))
 
 
 def load_plain(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -109,14 +134,14 @@ def export(
     revision: str | None = None,
     accept_license: bool = False,
 ) -> None:
-    """Write ``out``/config.json, weights and README.md; for a published layout, what its readers take.
+    """Write ``out``/config.json, weights and README.md, of a tokenizer or a generator; for a published layout, what its readers take.
 
     Args:
         source: run folder, checkpoint, model folder, or anything :func:`tok1d.load` takes.
         out: folder to write.
         name: of the model; that of the configuration if None.
         dtype: ``float32`` or ``float16``, of the stored weights.
-        scores: JSON written by benchmarks/default_scores.py, shown in the card.
+        scores: JSON written by benchmarks/default_scores.py, or of a generator by ``tok eval generate``, shown in the card.
         overwrite: replace an existing model.
         layout: a published family (``titok-legacy`` …) instead of our own folder; there is no card then.
         revision, accept_license: as :func:`tok1d.load`, of a source on the hub.
@@ -125,6 +150,13 @@ def export(
         UsageError: ``out`` holds a model already and ``overwrite`` is False, or ``scores`` is not what it should be.
         ModelError: the run cannot be read, or its weights do not fit into float16.
     """
+    from tok1d.training.export_generator import export_generator, holds_generator
+
+    if holds_generator(Path(source)):
+        if layout:
+            raise UsageError(f"{source} is a generator; --layout writes tokenizers")
+        export_generator(Path(source), out, name=name, dtype=dtype, scores=scores, overwrite=overwrite)
+        return
     names = (CONFIG_NAME, "model.safetensors") if layout else (CONFIG_NAME, WEIGHTS_NAME, "README.md")
     held = [n for n in names if (out / n).exists()]
     if layout and scores:
@@ -141,14 +173,24 @@ def export(
     if name:
         run.tokenizer.name = name
     kind: torch.dtype = getattr(torch, dtype)
-    for key, value in run.tokenizer.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value.to(kind)).all():
-            raise ModelError(f"{key} does not fit into {dtype} (largest value {value.abs().max():.4g}); use --dtype float32")
+    check_fits(run.tokenizer, kind)
     if layout:
         write_published(run.tokenizer, layout, out, dtype=kind)
         return
     run.tokenizer.save_pretrained(out, dtype=kind)
     atomic_write(out / "README.md", (model_card(run, dtype, measured) + _origin(preset)).encode())
+
+
+def check_fits(model: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse to round weights to infinity.
+
+    Raises:
+        ModelError: one is too large for the precision they are to be stored in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value.to(dtype)).all():
+            raise ModelError(f"{key} does not fit into {name} (largest value {value.abs().max():.4g}); use --dtype float32")
 
 
 def _origin(preset: Preset | None) -> str:
