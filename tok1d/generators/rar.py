@@ -162,7 +162,7 @@ class RARGenerator(Generator):
         rows, tokens = data.shape[:2]
         order = torch.arange(self.space.tokens, device=self.device)[None] if order is None else order
         inputs = self.head.embed(data if noise is None else self.head.corrupt(data, noise))
-        if noise is not None and self.token_drop:
+        if noise is not None:  # also where nothing is dropped: every parameter takes part in every step
             inputs = torch.where((noise.uniform(tokens) < self.token_drop)[..., None], self.hidden_token, inputs)
         before = self._before(given, rows) + self.positions[: self.front]
         x = torch.cat([before, inputs + self.positions[self.front + order[:, :tokens]]], dim=1)
@@ -173,9 +173,11 @@ class RARGenerator(Generator):
         return self.trunk(x + targets, modulations, keys)[:, self.front - 1 :]
 
     def _before(self, given: Given, rows: int) -> Tensor:
-        """Start and condition, float (B, F, W)."""
-        start = self.start.expand(rows, 1, -1)
-        return start if given.tokens is None else torch.cat([start, given.tokens], dim=1)
+        """Start and condition, float (B, F, W); padding is empty, for the last place predicts the first token even so."""
+        start, tokens = self.start.expand(rows, 1, -1), given.tokens
+        if tokens is not None and given.mask is not None:
+            tokens = tokens.masked_fill(~given.mask[..., None], 0)
+        return start if tokens is None else torch.cat([start, tokens], dim=1)
 
     # sampling ----------------------------------------------------------------------------------------------------
 
