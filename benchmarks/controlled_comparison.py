@@ -67,7 +67,7 @@ class Variant:
 
 QUANTIZERS: dict[str, Any] = {
     "vq": lambda: VQ(4096, 12, l2=True, ema=False),
-    "vq_ema": lambda: VQ(4096, 12, l2=True, ema=True, dead_code_threshold=1.0),
+    "vq_ema": lambda: VQ(4096, 12, l2=True, ema=True, dead_code_threshold=0.03),
     "fsq": lambda: FSQ([8, 8, 8, 8]),
     "bsq": lambda: BSQ(12),
     "glfq": lambda: GroupedLFQ(2, 6),
