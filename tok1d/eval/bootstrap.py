@@ -17,7 +17,7 @@ from tok1d.errors import TokError
 from tok1d.eval.binned import Bins
 
 Floats = NDArray[np.float64]
-BLOCK = 1 << 22  # entries of the weight matrix made at once: 32 MiB
+BLOCK = 1 << 18  # entries of the weight matrix made at once: 2 MiB, so that memory does not grow with the images
 
 
 @dataclass(frozen=True)

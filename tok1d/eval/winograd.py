@@ -29,12 +29,11 @@ class Winograd:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        rows = torch.tensor(_FILTER, dtype=torch.float64)
-        spread = torch.einsum("ai,kcij,bj->abck", rows, weight.double().cpu(), rows)
-        self.weight = spread.flatten(0, 1).float().contiguous()  # (36, C, K)
+        enter, leave, filters = (torch.tensor(m, dtype=torch.float64) for m in (_INPUT, _RESULT, _FILTER))
+        taps_9CK = weight.cpu().permute(2, 3, 1, 0).reshape(9, -1).double()
+        self.weight = (torch.kron(filters, filters) @ taps_9CK).float().view(36, weight.shape[1], weight.shape[0])
         self.bias = bias.float().cpu()
-        both = [torch.tensor(m, dtype=torch.float64) for m in (_INPUT, _RESULT)]
-        self.enter, self.leave = (torch.kron(m, m).float() for m in both)  # (36, 36), (16, 36)
+        self.enter, self.leave = (torch.kron(m, m).float() for m in (enter, leave))  # (36, 36), (16, 36)
 
     def __call__(self, x_NHWC: Tensor) -> Tensor:
         """Float32 (N, H, W, C), H and W multiples of 4 → (N, H, W, K)."""
