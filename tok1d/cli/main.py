@@ -19,7 +19,7 @@ from tok1d.cli.options import Parser
 from tok1d.errors import TokError, UsageError
 
 # In the order of the help. Each module offers add_parsers(verbs) and imports torch only when its verb runs.
-MODULES = ("encode", "decode", "info", "reconstruct", "models", "tokenize", "train", "evaluate", "report")
+MODULES = ("encode", "decode", "info", "reconstruct", "models", "tokenize", "train", "generate", "evaluate", "report")
 EXAMPLES = """examples:
   tok encode photo.jpg --tokens 32              photo.tok, about 100 bytes
   tok decode photo.tok -o again.png
