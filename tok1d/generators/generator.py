@@ -18,6 +18,7 @@ from torch import Tensor
 from tok1d.errors import ModelError, TokenError
 from tok1d.generators.condition import Condition, Given
 from tok1d.generators.guidance import strengths
+from tok1d.generators.latents import Latents
 from tok1d.generators.sampling import check_choice, row_seeds
 from tok1d.generators.space import TokenSpace
 from tok1d.tokenizers.folder import CONFIG_NAME, chunks_of, fingerprint, plain_state, read_folder, write_folder
@@ -66,9 +67,11 @@ class Generator(Part):
 
     Attributes:
         options: keyword arguments of :meth:`generate` this kind of generator takes.
+        loss_weights: weights of its losses by log name, for training that does not set its own; 1 for the others.
     """
 
     options: tuple[str, ...] = ()
+    loss_weights: dict[str, float] = {}  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,7 +102,7 @@ class Generator(Part):
         """
 
     @abstractmethod
-    def sample(self, request: Request) -> TokenSequence:
+    def sample(self, request: Request) -> TokenSequence | Latents:
         """Make tokens; keyword-only arguments of a subclass, all with defaults, are its ``options``."""
 
     # sampling ----------------------------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ class Generator(Part):
         prefix: TokenSequence | Tensor | None = None,
         on_step: OnStep | None = None,
         **more: Any,
-    ) -> TokenSequence:
+    ) -> TokenSequence | Latents:
         """Sample token sequences.
 
         Args:
@@ -142,7 +145,7 @@ class Generator(Part):
         Options that are None have the defaults of this kind.
 
         Returns:
-            TokenSequence of B rows.
+            TokenSequence of B rows, or Latents from a generator of latents.
 
         Raises:
             TokenError: an option this generator does not take, or a value out of range.

@@ -62,10 +62,14 @@ def strengths(guidance: float, schedule: str, steps: int) -> list[float]:
         >>> strengths(3.0, "linear", 4), strengths(3.0, "interval(0.5, 0.5)", 4)
         ([1.0, 1.5, 2.0, 2.5], [1.0, 1.0, 3.0, 1.0])
     """
+    return strengths_at(guidance, schedule, [step / steps for step in range(steps)])
+
+
+def strengths_at(guidance: float, schedule: str, progress: list[float]) -> list[float]:
+    """g at any progress r in [0, 1]; arguments and errors as :func:`strengths`."""
     if not isinstance(guidance, int | float) or isinstance(guidance, bool) or not math.isfinite(guidance):
         raise TokenError(f"guidance must be a finite number, 1 for none, got {guidance!r:.100}")
     name, numbers = parse_schedule(schedule)
-    progress = [step / steps for step in range(steps)]
     if name == "interval":
         return [float(guidance) if numbers[0] <= r <= numbers[1] else 1.0 for r in progress]
     if name == "linear":
@@ -73,7 +77,7 @@ def strengths(guidance: float, schedule: str, steps: int) -> list[float]:
     elif name == "power_cosine":
         share = [(1 - math.cos(math.pi * r ** numbers[0])) / 2 for r in progress]
     else:
-        share = [1.0] * steps
+        share = [1.0] * len(progress)
     return [1 + (guidance - 1) * s for s in share]
 
 

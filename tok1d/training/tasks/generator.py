@@ -28,7 +28,8 @@ class GeneratorTask(TrainingTask):
         condition: what it is told; None: the class if the shards have classes, else nothing.
         tokens: how many first tokens of a nested tokenizer are learned; all if None.
         init_from: folder of a generator (``tok export``) whose weights to start from.
-        weights: weight of each loss by log name; those that are not named have 1, and 0 leaves one out.
+        weights: weight of each loss by log name; those that are not named have the generator's ``loss_weights``, or 1, and 0 leaves
+            one out.
         drop: probability that training leaves out the class, where ``condition`` is None.
         lr, warmup_steps, final_lr, betas, weight_decay, compile, compile_backend: see
             :class:`tok1d.training.tasks.step.TrainingTask`.
@@ -100,7 +101,7 @@ class GeneratorTask(TrainingTask):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         draw = self._seed_step()
         parts, stats = self.generator.losses({**self.shortened(batch), "step": self.global_step}, draw)
-        self.weights = {**dict.fromkeys(parts, 1.0), **self.asked}
+        self.weights = {**dict.fromkeys(parts, 1.0), **self.generator.loss_weights, **self.asked}
         return self.weighted(batch["key"], parts, stats)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
