@@ -292,3 +292,19 @@ def test_tok_encode_auto_refusals(folder, capsys, tmp_path):
         assert main(["encode", name, "--model", str(folder / "model"), *more]) == 2
         assert words in capsys.readouterr().err
     assert not (folder / "0.tok").exists()
+
+
+def test_the_shipped_default_with_its_head_is_the_model_that_it_was(tmp_path):
+    shipped = Path(tok1d.__file__).parent / "weights/default"
+    config = json.loads((shipped / "config.json").read_text())
+    assert config.pop("halting")["quality"] > 0 and (shipped / HALTING_NAME).stat().st_size < 300_000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / WEIGHTS_NAME).symlink_to(shipped / WEIGHTS_NAME)
+    plain, model = tok1d.load(tmp_path), tok1d.load("default")
+    images = torch.cat([picture(0, 256, 256, 0.0), picture(1, 256, 256, 2.0)])
+    tokfile.save(plain.encode(images[:1], 9), tmp_path / "a.tok")
+    old = tokfile.load(tmp_path / "a.tok")
+    assert plain.model_id == model.model_id == old.model_id
+    assert torch.equal(plain.encode(images).ids, model.encode(images).ids) and torch.equal(plain.decode(old), model.decode(old))
+    easy, hard = model.encode(images, tokens=Auto(20.0)).lengths.tolist()
+    assert easy < hard and model.decode(model.encode(images[:1], tokens="auto")).shape == (1, 3, 256, 256)
