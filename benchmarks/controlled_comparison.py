@@ -1,7 +1,7 @@
 """Quantizers, length rules and training losses against each other: one small tokenizer, the same data, steps and seed.
 
     python -m benchmarks.controlled_comparison TRAIN.tar … --val VAL.tar --only vq,fsq
-    python -m benchmarks.controlled_comparison --table
+    python -m benchmarks.controlled_comparison --page     # rewrites the table and the plot of docs/training-choices.md
 
 Every variant is a 1.4 M parameter TiTok for 32 × 32 pixels with 16 tokens of 12 bits that differs from ``fsq`` in one thing.
 Photos are shrunk once to a shorter edge of 48 pixels. What is measured: PSNR, LPIPS (VGG16, pictures enlarged twice), use of
@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.record import CACHE, RESULTS, load, save, say
+from benchmarks.plots import FIGURES
+from benchmarks.record import CACHE, RESULTS, ROOT, load, save, say
 from tok1d.data.module import PhotoData
 from tok1d.data.photos import Photos, decode_rgb, index_images, read_sample
 from tok1d.eval.perceptual import Perceptual
@@ -43,6 +44,7 @@ from tok1d.training.callbacks import entropy_bits
 from tok1d.training.tasks import ReconstructionTask
 
 lightning = require("lightning", "train")
+PAGE = ROOT / "docs" / "training-choices.md"
 TOKENS, SIDE, EDGE, COUNTS = 16, 32, 48, (1, 2, 4, 8, 16)
 LOSSES = {"l1": 1.0, "l2": 4.0}
 RECIPE = {"lr": 1e-3, "warmup_steps": 100, "final_lr": 0.05, "seed": 0}
@@ -80,7 +82,7 @@ VARIANTS = {
     "glfq": Variant("grouped LFQ, 2 × 6 bits", "glfq"),
     "tail_drop": Variant("FSQ, tail drop: uniform lengths", distribution="uniform"),
     "powers": Variant("FSQ, tail drop: powers of two", distribution="powers_of_two"),
-    "align": Variant("FSQ + relations between images as a classifier sees them", extra={"relation": 0.5}),
+    "align": Variant("FSQ + relations between images as a classifier sees them", extra={"relation": 0.05}),
     "gan": Variant("FSQ + adversarial loss from step 700", extra={"gan": 0.1}),
 }
 
@@ -110,7 +112,7 @@ def task_of(variant: Variant, tokenizer: Tokenizer1D, steps: int) -> Any:
     if "relation" in variant.extra:
         from tok1d.training.losses.alignment import ImageRelation
 
-        return ReconstructionTask(tokenizer, weights=weights, losses={"relation": ImageRelation(size=96)}, **RECIPE)
+        return ReconstructionTask(tokenizer, weights=weights, losses={"relation": ImageRelation(size=64)}, **RECIPE)
     return ReconstructionTask(tokenizer, weights=weights, **RECIPE)
 
 
@@ -196,11 +198,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    parser.add_argument("--page", action="store_true", help="write the table and the plot of the results and stop")
     args = parser.parse_args(argv)
 
-    if args.table:
-        print(table(load("controlled_comparison", args.results) or {}))
+    if args.page:
+        result = load("controlled_comparison", args.results) or {}
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+        print(plot(result, FIGURES / "training_choices.png"))
         return
     train_shard, val_shard = shrink(args.train, "comparison-train"), shrink(args.val, "comparison-val")
     views = Photos(index_images([val_shard]), SIDE)
@@ -233,11 +237,18 @@ def _twice(images: Tensor) -> Tensor:
     return F.interpolate(images, scale_factor=2, mode="bicubic").clamp(0, 1)
 
 
+def page(text: str, result: dict[str, Any]) -> str:
+    """The document with its table rewritten."""
+    head, _, rest = text.partition("<!-- table -->")
+    _, _, tail = rest.partition("<!-- end -->")
+    return f"{head}<!-- table -->\n{table(result)}\n<!-- end -->{tail}"
+
+
 def table(result: dict[str, Any]) -> str:
-    """Markdown of the result file."""
+    """Markdown of the result file: every variant with all its tokens, nested ones also with fewer."""
     lines = ["| variant | tokens | bits | PSNR, dB | LPIPS (VGG) | codes used | entropy a position, bits |", "|---|--:|--:|--:|--:|--:|--:|"]
     for row in result.get("variants", {}).values():
-        for p in row["curve"]:
+        for p in reversed(row["curve"]):
             use = (f"{row['usage']:.0%}", f"{row['position_entropy']:.2f}") if p["tokens"] == TOKENS else ("", "")
             errors = p["interval"]
             lines.append(
@@ -245,6 +256,27 @@ def table(result: dict[str, Any]) -> str:
                 f"| {p['lpips']:.3f} ± {errors['lpips']:.3f} | {use[0]} | {use[1]} |"
             )
     return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> Path:
+    """PSNR against LPIPS at all tokens, and PSNR by tokens of the variants that take fewer."""
+    pyplot = require("matplotlib.pyplot", "eval")
+    figure, (all_tokens, by_tokens) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for row in result["variants"].values():
+        last = row["curve"][-1]
+        all_tokens.errorbar(last["lpips"], last["psnr"], last["interval"]["psnr"], last["interval"]["lpips"], "o", label=row["what"])
+        if len(row["curve"]) > 1:
+            by_tokens.plot([p["tokens"] for p in row["curve"]], [p["psnr"] for p in row["curve"]], "o-", label=row["what"])
+    fixed = result["variants"]["fsq"]["curve"][-1]
+    by_tokens.plot(fixed["tokens"], fixed["psnr"], "s", label="FSQ, every token kept in training")
+    all_tokens.set(xlabel="LPIPS (VGG), lower is better", ylabel="PSNR (dB), higher is better", title=f"all {TOKENS} tokens, 192 bits")
+    by_tokens.set(xlabel="tokens", xscale="log", ylabel="PSNR (dB)", title="fewer tokens")
+    by_tokens.set_xticks(COUNTS, [str(k) for k in COUNTS])
+    for axes in (all_tokens, by_tokens):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    return path
 
 
 if __name__ == "__main__":
