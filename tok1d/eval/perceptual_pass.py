@@ -150,7 +150,7 @@ class _Lpips:
     """Weighted squared differences of unit vectors, mean over places."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.weights = [m.weight.flatten() for lin in module.lins for m in lin.modules() if isinstance(m, nn.Conv2d)]  # type: ignore[union-attr]
+        self.weights = [m.weight.flatten() for lin in module.lins for m in lin.modules() if isinstance(m, nn.Conv2d)]
 
     def images(self, images: Tensor) -> Tensor:
         """Of (R + 1, n, H · W, 3): nothing yet."""
