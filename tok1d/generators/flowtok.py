@@ -231,10 +231,21 @@ def everywhere(x: Tensor) -> Tensor:
     """Rows of all processes, (all rows, ...), in the order of their ranks; with gradient to every process."""
     if world()[1] == 1:
         return x
-    if not x.requires_grad:
+    return Everywhere.apply(x)
+
+
+class Everywhere(torch.autograd.Function):
+    """Gather rows; the gradient of a row is the sum of what all processes have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(world()[1])]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
-    from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(x.contiguous()))
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        rank, many = world()
+        return gradient.chunk(many)[rank]
