@@ -115,12 +115,14 @@ def test_export_keeps_head_and_id(tmp_path):
         assert model.encode(pictures(2), tokens=Auto(200.0)).lengths.tolist() == [4, 4]
 
 
-def test_a_head_that_is_there_is_trained_on():
+def test_a_head_that_is_there_is_kept_on_request():
     model = tiny.fsq()
     model.halting = CurveHead(4, 3, 8, quality=30.0)
-    task = HaltingTask(model, width=48, quality=20.0)
-    assert task.head is model.halting and task.head.quality == 30.0 and all(p.requires_grad for p in task.head.parameters())
+    given = model.halting
+    task = HaltingTask(model, keep=True, width=48, quality=20.0)
+    assert task.head is given is model.halting and task.head.quality == 30.0 and all(p.requires_grad for p in task.head.parameters())
     assert not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("halting."))
+    assert HaltingTask(model, quality=20.0).head.quality == 20.0 and model.halting is not given
 
 
 def test_lpips_is_measured_where_it_is_predicted(tmp_path):
@@ -153,6 +155,8 @@ def test_lengths_are_drawn_for_all_ranks_together(monkeypatch):
 
 
 def test_refusals():
+    with pytest.raises(UsageError, match="keep"):
+        HaltingTask(tiny.fsq(), keep=True)
     with pytest.raises(UsageError, match="prefixes, memory and fitted"):
         HaltingTask(tiny.fsq(), memory=0)
     with pytest.raises(ModelError, match="nested"):

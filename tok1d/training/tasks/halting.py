@@ -31,9 +31,9 @@ class HaltingTask(TokenizerTask):
     """Regress the log error after every number of tokens; nothing but the head is trained.
 
     Args:
-        tokenizer: a nested model with one code a token: a name, folder or hub id for :func:`tok1d.load`, or a tokenizer. Its
-            halting head is trained on if it has one; else a :class:`CurveHead` is made, of ``width``, ``metric``, ``quality``.
-        width, metric, quality: of the head that is made.
+        tokenizer: a nested model with one code a token: a name, folder or hub id for :func:`tok1d.load`, or a tokenizer.
+        keep: train on the head that it has; else it gets a new :class:`CurveHead` of ``width``, ``metric`` and ``quality``.
+        width, metric, quality: of the new head.
         prefixes: P lengths (log-uniform) at which each image is decoded.
         memory: how many images, the last ones of all ranks together, are remembered.
         fitted: F of them, drawn with replacement, are fitted at every step (of each rank).
@@ -44,6 +44,7 @@ class HaltingTask(TokenizerTask):
     def __init__(
         self,
         tokenizer: Tokenizer1D | str,
+        keep: bool = False,
         width: int = 32,
         metric: str = "psnr",
         quality: float = 22.0,
@@ -60,7 +61,9 @@ class HaltingTask(TokenizerTask):
         seed: int = 0,
     ) -> None:
         model = hub.load(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        if model.halting is None:
+        if keep and model.halting is None:
+            raise UsageError(f"keep: {model.name} has no halting head; leave keep out to make one")
+        if not keep:
             model.halting = CurveHead(model.max_tokens, model.quantizer.code_dim, width, metric, quality)
             check_head(model)
         if min(prefixes, memory, fitted) < 1:
