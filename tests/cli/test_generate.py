@@ -160,6 +160,20 @@ def test_prompts(make, tmp_path, monkeypatch):
     assert long.code == 1 and "has 13 pieces, this generator reads 6 at most" in long.err
 
 
+def test_latents_of_a_flow_become_tokens_and_pictures(make, tmp_path):
+    from tok1d.generators.flow import FlowGenerator
+
+    torch.manual_seed(0)
+    flow = awake(FlowGenerator(TokenSpace.of(make_model(), "latents"), ClassCondition(3, CLASSES), width=16, depth=1, heads=2)).eval()
+    flow.save_pretrained(tmp_path / "flow")
+    done = make("--class", "dog", "-n", 2, "--tokens", 8, "--steps", 3, "--seed", 4, which=tmp_path / "flow")
+    assert done.code == 0, done.err
+    made = flow.generate(2, label="dog", tokens=8, steps=3, seeds=4)
+    assert torch.equal(tok1d.TokenSequence.load(tmp_path / "out/0001-00005.tok").ids, made.tokens(make_model()).ids[1:])
+    picture = made.images(make_model())[1].mul(255).round().to(torch.uint8)
+    assert torch.equal(read_uint8(tmp_path / "out/0001-00005.png")[0], picture) and record(tmp_path)["settings"]["kind"] == "latents"
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [

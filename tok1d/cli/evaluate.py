@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tok1d.cli import options
+from tok1d.cli.evaluate_samples import add_parser as add_generate
 from tok1d.cli.measuring import codecs_and_data, manifest_of, measure, networks, say_manifest, shown
 from tok1d.cli.runtime import Progress, count, say
 from tok1d.errors import UsageError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from tok1d.eval.systems import System
 
 # `tok eval MODEL DATA` is short for `tok eval run MODEL DATA`
-VERBS = ("run", "score", "codec", "stats", "compare", "import", "export", "annotate", "synthetic")
+VERBS = ("run", "score", "codec", "generate", "stats", "compare", "import", "export", "annotate", "synthetic")
 # keys of tok1d.eval.importers.KINDS, which imports too much for a parser
 SETS = ("tokbench", "icdar", "totaltext", "textocr", "cord", "sroie", "docvqa", "infographicvqa", "wflw", "shards", "folder")
 EPILOG = """A protocol freezes the view: recon256-v1 (centre crop), fit256-v1 (whole image on black), tokbench256-v1; also 512 and 1024.
@@ -75,6 +76,8 @@ def add_parsers(verbs: Any) -> None:
     codec.add_argument("--downscale", type=options.int_list, metavar="N,N,…", help="shrink the view by these factors first; 1 keeps its size")
     codec.add_argument("--workers", type=options.positive_int, default=2, help="processes that search budgets; default: 2")
     _add_run(codec)
+
+    add_generate(sub)
 
     stats = options.add_verb(sub, "stats", run_stats, "make reference statistics of real images for --reference, once")
     stats.add_argument("data", nargs="+", type=Path)

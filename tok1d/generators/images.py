@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from tok1d import hub
 from tok1d.errors import ModelError, TokenError
 from tok1d.generators.generator import Generator
+from tok1d.generators.latents import Latents
 from tok1d.tokens import TokenSequence
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def paint(tokenizer: Tokenizer1D, made: TokenSequence | Tensor, *, seeds: Sequence[int] | None = None, **options: Any) -> Tensor:
+def paint(tokenizer: Tokenizer1D, made: TokenSequence | Latents, *, seeds: Sequence[int] | None = None, **options: Any) -> Tensor:
     """Pictures of generated tokens.
 
     Args:
         tokenizer: the one the generator was trained for.
-        made: B rows, or float (B, n, C) latents as the tokenizer's decoder takes them.
+        made: B rows.
         seeds: of decoders with noise, one a row; others need none.
         options: further options of the decoder.
 
@@ -76,10 +76,16 @@ def paint(tokenizer: Tokenizer1D, made: TokenSequence | Tensor, *, seeds: Sequen
     """
     if seeds is not None and "seeds" in tokenizer.decoder.options and options.get("seeds") is None:
         options["seeds"] = list(seeds)
+    if isinstance(made, Latents):
+        return made.images(tokenizer, **options)
+    pictures = tokenizer.decode(made, **options)
+    if not isinstance(pictures, Tensor):
+        raise TokenError("generated rows have no sizes of their own; got pictures of several sizes")
+    return pictures
+
+
+def tokens_of(tokenizer: Tokenizer1D, made: TokenSequence | Latents) -> TokenSequence | None:
+    """What can be stored of generated rows: their tokens, None for latents that have none."""
     if isinstance(made, TokenSequence):
-        pictures = tokenizer.decode(made, **options)
-        if not isinstance(pictures, Tensor):
-            raise TokenError("generated rows have no sizes of their own; got pictures of several sizes")
-        return pictures
-    with torch.inference_mode():
-        return tokenizer.decode_latents(made.to(tokenizer.device), **options).float().clamp(0, 1)
+        return made
+    return made.tokens(tokenizer) if tokenizer.is_discrete and not tokenizer.quantizer.whole else None

@@ -104,7 +104,7 @@ class TokPipelineOutput(diffusers.utils.BaseOutput):
 
     Attributes:
         images: list of B PIL images, float32 (B, 3, H, W) or (B, H, W, 3) in [0, 1]; None for ``output_type="tokens"``.
-        tokens: B rows, or float (B, n, C) latents.
+        tokens: TokenSequence or Latents of B rows.
     """
 
     images: Any

@@ -27,7 +27,7 @@ from tok1d.disk import atomic_write
 from tok1d.errors import TokError, UsageError
 from tok1d.generators.condition import ClassCondition, Condition
 from tok1d.generators.generator import Generator
-from tok1d.generators.images import paint
+from tok1d.generators.images import paint, tokens_of
 from tok1d.image_io import to_bytes
 from tok1d.tokens import TokenSequence
 
@@ -168,7 +168,7 @@ def make(
     decoder: dict[str, Any],
     batch_size: int = 16,
 ) -> Iterator[tuple[Wanted, Tensor, TokenSequence | None]]:
-    """Samples one by one: what was wanted, float (3, H, W) in [0, 1], its tokens (None for latents).
+    """Samples one by one: what was wanted, float (3, H, W) in [0, 1], its tokens (None for latents that have none).
 
     Args:
         generator, tokenizer: that fit each other.
@@ -187,9 +187,10 @@ def make(
             asked["text"] = [w.text for w in part]
         seeds = [w.seed for w in part]
         made = generator.generate(len(part), tokens=tokens, seeds=seeds, **asked, **options)
-        pictures = paint(tokenizer, made, seeds=seeds, **decoder).cpu()
+        pictures, seq = paint(tokenizer, made, seeds=seeds, **decoder).cpu(), tokens_of(tokenizer, made)
+        seq = None if seq is None else seq.to("cpu")
         for i, one in enumerate(part):
-            yield one, pictures[i], made[i : i + 1].to("cpu") if isinstance(made, TokenSequence) else None
+            yield one, pictures[i], None if seq is None else seq[i : i + 1]
 
 
 def _row(out: Path, wanted: Wanted) -> dict[str, Any]:
