@@ -23,3 +23,13 @@ def test_the_tables_of_the_evaluation_are_those_of_its_results():
     from benchmarks import evaluation_tables
 
     assert evaluation_tables.main(check=True) == 0, "docs/evaluation.md is out of date: python -m benchmarks.evaluation_tables"
+
+
+def test_the_table_of_training_choices_is_that_of_its_results():
+    from benchmarks import controlled_comparison as comparison
+    from benchmarks.record import load
+
+    text = comparison.PAGE.read_text(encoding="utf-8")
+    found = load("controlled_comparison")
+    assert len(found["variants"]) >= 9
+    assert comparison.page(text, found) == text, "docs/training-choices.md is out of date: python -m benchmarks.controlled_comparison --page"
