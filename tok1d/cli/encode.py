@@ -97,11 +97,11 @@ def run(args: Namespace) -> int:
     if not jobs:
         return 0
 
-    from tok1d.tokenizers.halting import head_of
-
     model = load_model(args)
     budget = _budget(args)
     if auto:  # before anything is read
+        from tok1d.tokenizers.halting import head_of
+
         head_of(model)
     elif args.tokens is not None:
         model._check_tokens(args.tokens)
