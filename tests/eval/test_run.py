@@ -132,7 +132,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on(photos, tmp_path):
     out = tmp_path / "out"
     process = multiprocessing.get_context("spawn").Process(target=_killed, args=(photos, str(out)))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # importing torch alone takes a minute on a busy machine
     while not list(out.glob("states/*.safetensors")) and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

@@ -254,10 +254,7 @@ class Store:
 def read_rows(out: Path, table: str) -> list[Row]:
     """All rows of one table, in the order of chunks."""
     rows: list[Row] = []
-    start = json.dumps({"table": table})[:-1]
     for path in sorted((out / "rows").glob("*.jsonl")):
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.startswith(start)]
-        rows += json.loads(f"[{','.join(lines)}]")  # one document, whose rows share the strings of their keys
-    for row in rows:
-        del row["table"]
+        # One document, whose rows share the strings of their keys: about half the memory.
+        rows += [row for row in json.loads(f"[{','.join(path.read_text('utf-8').splitlines())}]") if row.pop("table") == table]
     return rows
