@@ -1,6 +1,8 @@
 """GeneratorTask: one batch is one step of a plain loop, exact continuation, the shards say what is built, learning, export."""
 
 import json
+import os
+import socket
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.generators.tiny import IDS
@@ -59,9 +62,9 @@ def fit(task: GeneratorTask, feed, folder: Path, steps: int = 4, resume: Path | 
     record, ema = Record(), EMA(0.9, module="generator")
     keep = ModelCheckpoint(folder, every_n_train_steps=2, save_last=True, monitor=None)
     trainer = lightning.Trainer(
-        default_root_dir=folder, accelerator="cpu", devices=1, use_distributed_sampler=False, max_steps=steps, callbacks=[record, ema, keep],
+        default_root_dir=folder, accelerator="cpu", use_distributed_sampler=False, max_steps=steps, callbacks=[record, ema, keep],
         logger=False, plugins=[SafeCheckpointIO()], check_val_every_n_epoch=None, val_check_interval=2, num_sanity_val_steps=0,
-        enable_progress_bar=False, enable_model_summary=False, **{"gradient_clip_val": 1.0, **options},
+        enable_progress_bar=False, enable_model_summary=False, **{"gradient_clip_val": 1.0, "devices": 1, **options},
     )  # fmt: skip
     trainer.fit(task, datamodule=feed, ckpt_path=resume, weights_only=True)
     record.ema, record.trainer = ema, trainer
@@ -136,6 +139,31 @@ def test_weights_of_losses(shards, tmp_path):
         fit(task(weights={"nothing": 1.0}), data(shards), tmp_path)
     one, two = (fit(task(weights={"token": w}), data(shards), tmp_path / str(w), steps=1).losses[0] for w in (1.0, 0.5))
     assert two == pytest.approx(one / 2)
+
+
+def part(rank: int, port: int, shards: Path, folder: Path) -> None:
+    """A process of two, as a launcher starts it."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    made = task(partial(SMALL, variable="announced"))
+    record = fit(made, data(shards, batch_size=2, val_batch_size=3), folder, devices=2, strategy="ddp")
+    torch.save({"losses": record.losses, "scores": record.scores, "state": made.generator.state_dict()}, folder / f"{rank}.pt")
+
+
+def test_two_processes_are_one_with_the_whole_batch(shards, tmp_path):
+    """Hidden tokens, dropped classes and announced lengths are drawn for both; validation counts what each has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(part, (port, shards, tmp_path), nprocs=2, start_method="fork")
+    whole = task(partial(SMALL, variable="announced"))
+    alone = fit(whole, data(shards, batch_size=4, val_batch_size=6), tmp_path / "alone")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [sum(pair) / 2 for pair in zip(*(r["losses"] for r in ranks))] == pytest.approx(alone.losses, rel=1e-5)
+    for found in ranks:
+        assert [s["val/token"] for s in found["scores"]] == pytest.approx([s["val/token"] for s in alone.scores], rel=1e-5)
+        for name, value in whole.generator.state_dict().items():
+            torch.testing.assert_close(found["state"][name], value, atol=1e-4, rtol=1e-4)
 
 
 # what is built ---------------------------------------------------------------------------------------------------

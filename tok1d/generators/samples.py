@@ -228,9 +228,9 @@ def finish(out: Path, record: dict[str, Any], wanted: Sequence[Wanted], rows: Se
 
 
 def sheet(out: Path, wanted: Sequence[Wanted], *, columns: int = 8, rows: int = 32, height: int = 128) -> None:
-    """Draw the contact sheet of a folder: at most so many samples of so many classes or prompts.
+    """Draw the contact sheet of a folder: at most so many samples of a class or prompt, and so many rows.
 
-    A single class or prompt, or none, fills the sheet row by row.
+    Classes with few samples share a row; a single one, or none, fills the sheet row by row.
     """
     from tok1d.cli.grid import Cell, draw
     from tok1d.image_io import read_uint8, write
@@ -238,9 +238,10 @@ def sheet(out: Path, wanted: Sequence[Wanted], *, columns: int = 8, rows: int = 
     groups: dict[Any, list[Wanted]] = {}
     for w in wanted:
         groups.setdefault((w.label, w.text), []).append(w)
-    lines = [group[:columns] for group in groups.values()]
-    if len(groups) == 1:
-        lines = [list(wanted[i : i + columns]) for i in range(0, len(wanted), columns)]
+    shown = [group[:columns] for group in groups.values()] if len(groups) > 1 else [list(wanted)]
+    most = max(len(group) for group in shown)
+    flat, wide = [w for group in shown for w in group], most * (columns // most) if most < columns else columns
+    lines = [flat[i : i + wide] for i in range(0, len(flat), wide)]
 
     def cell(w: Wanted) -> Cell:
         known = w.shown or ("" if w.label is None else f"class {w.label}" if w.label >= 0 else "no class")
