@@ -166,6 +166,19 @@ def test_two_processes_are_one_with_the_whole_batch(shards, tmp_path):
             torch.testing.assert_close(found["state"][name], value, atol=1e-4, rtol=1e-4)
 
 
+def test_the_initial_weights_follow_from_the_seed_alone(shards):
+    """Whatever drew numbers before; else processes with other histories would start from other weights."""
+    states = []
+    for history, seed in ((1, 0), (2, 0), (1, 5)):
+        made = task(seed=seed)
+        torch.manual_seed(history)
+        before = torch.get_rng_state()
+        states.append(made._build(data(shards)).state_dict())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
 # what is built ---------------------------------------------------------------------------------------------------
 
 

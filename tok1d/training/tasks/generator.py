@@ -33,7 +33,7 @@ class GeneratorTask(TrainingTask):
         drop: probability that training leaves out the class, where ``condition`` is None.
         lr, warmup_steps, final_lr, betas, weight_decay, compile, compile_backend: see
             :class:`tok1d.training.tasks.step.TrainingTask`.
-        seed: of hidden tokens, dropped conditions and whatever else a step draws.
+        seed: of the initial weights, hidden tokens, dropped conditions and whatever else a step draws.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class GeneratorTask(TrainingTask):
             space = space.first(self.tokens)
         if condition is None:
             condition = ClassCondition(len(names), names, self.drop) if names else Unconditional()
-        return make(space, condition)
+        with torch.random.fork_rng(devices=[]):  # the same start whatever has drawn numbers before
+            torch.manual_seed(self.seed)
+            return make(space, condition)
 
     def _check_data(self, data: Any) -> None:
         assert self.generator is not None
