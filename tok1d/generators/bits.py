@@ -22,7 +22,7 @@ from torch import Tensor
 from tok1d.errors import ModelError, TokenError
 from tok1d.generators.chance import Chance
 from tok1d.generators.condition import Condition, check_share
-from tok1d.generators.denoiser import Denoiser, attach_condition, clean_beginnings, token_times
+from tok1d.generators.denoiser import Denoiser, attach_condition, clean_beginnings, counted, token_times
 from tok1d.generators.generator import Generator, OnStep, Request
 from tok1d.generators.guidance import guided, strengths
 from tok1d.generators.masked_body import seen
@@ -146,7 +146,7 @@ class BitDiffusion(Generator):
         logits = clean_logits(self.net(x * 2.0 - 1, token_times(t, clean, self.condition.places), given, seen(given, kept, tokens)), x)
         nats = F.binary_cross_entropy_with_logits(logits, bits.float(), reduction="none").mean(-1)
         right = ((logits > 0) == bits.bool()).float().mean(-1)
-        count = kept if clean is None else ~clean if kept is None else kept & ~clean
+        count = counted(kept, clean)
         loss = token_mean(nats, count, self.training and torch.is_grad_enabled())
         return {"bit": loss}, {"accuracy": token_mean(right.detach(), count, False)}
 

@@ -87,6 +87,13 @@ def clean_beginnings(chance: Chance, share: float, tokens: int) -> Tensor | None
     return torch.arange(tokens, device=known.device) < known[:, None]
 
 
+def counted(kept: Tensor | None, clean: Tensor | None) -> Tensor | None:
+    """bool (B, N), tokens that a loss is taken of: those there are and that were not left clean; None: all."""
+    if clean is None:
+        return kept
+    return ~clean if kept is None else kept & ~clean
+
+
 def token_times(t: Tensor, clean: Tensor | None, places: int) -> Tensor:
     """Times of rows (B,), and 0 for clean tokens → (B,), or (B, P + N) if there are any; places have that of their row."""
     if clean is None:

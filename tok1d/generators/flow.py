@@ -19,7 +19,7 @@ from tok1d.errors import ModelError
 from tok1d.generators.bits import known_tokens, row_mask
 from tok1d.generators.chance import Chance
 from tok1d.generators.condition import Condition, check_share
-from tok1d.generators.denoiser import Denoiser, attach_condition, clean_beginnings, token_times
+from tok1d.generators.denoiser import Denoiser, attach_condition, clean_beginnings, counted, token_times
 from tok1d.generators.generator import Generator, OnStep, Request
 from tok1d.generators.guidance import guided, strengths
 from tok1d.generators.latents import Latents, Scale
@@ -96,7 +96,7 @@ class FlowGenerator(Generator):
             between = torch.where(clean[..., None], x, between)
         given = self.condition(batch, rows, chance if self.training else None)
         v = self.net(between, token_times(t, clean, self.condition.places), given, seen(given, kept, tokens))
-        count = kept if clean is None else ~clean if kept is None else kept & ~clean
+        count = counted(kept, clean)
         return {"flow": token_mean((v - (e - x)).square().mean(-1), count, step)}, {}
 
     # sampling ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from tok1d.generators.space import TokenSpace
 from tok1d.generators.times import check_times, draw_times, integrate, sampling_times
 from tok1d.generators.trunk import Trunk
 from tok1d.tokenizers.blocks import check_range
+from tok1d.tokenizers.quantizers.binary import all_rows
 from tok1d.tokenizers.quantizers.common import token_mean, world
 
 WALLS = ("standard", "wall")
@@ -138,11 +138,11 @@ class FlowTok(Generator):
         given = self.condition(batch, rows)
         mean, logvar = self.source(given)
         z = (mean + (0.5 * logvar).exp() * chance.normal(*mean.shape[1:]))[:, :tokens]
-        other = chance.draw(lambda all_rows: torch.randperm(all_rows, generator=generator, device="cpu"))
+        other = chance.draw(lambda rows: torch.randperm(rows, generator=generator, device="cpu"))
         swapped = chance.uniform() < self.shuffled
         if step:
-            data = torch.where(swapped[:, None, None], everywhere(data)[other], data)
-            kept = None if kept is None else torch.where(swapped[:, None], everywhere(kept.byte())[other].bool(), kept)
+            data = torch.where(swapped[:, None, None], all_rows(data)[other], data)
+            kept = None if kept is None else torch.where(swapped[:, None], all_rows(kept.byte())[other].bool(), kept)
         else:
             swapped = torch.zeros_like(swapped)
         x = self.scale(data)
@@ -170,7 +170,7 @@ class FlowTok(Generator):
         sharpness = self.sharpness.clamp(max=math.log(100.0)).exp()
         target = torch.arange(len(mean), device=mean.device) + (world()[0] * len(mean) if step else 0)
         pairs = ((source, text), (text, source))
-        nats = [F.cross_entropy(sharpness * a @ (everywhere(b) if step else b).T, target) for a, b in pairs]
+        nats = [F.cross_entropy(sharpness * a @ (all_rows(b) if step else b).T, target) for a, b in pairs]
         return (nats[0] + nats[1]) / 2
 
     # sampling ----------------------------------------------------------------------------------------------------
@@ -225,27 +225,3 @@ def divergence(mean: Tensor, logvar: Tensor, kind: str = "standard") -> Tensor:
     """
     moved = mean.square() if kind == "standard" else (0.3 * mean).pow(6)
     return 0.5 * (moved + logvar.exp() - 1 - logvar)
-
-
-def everywhere(x: Tensor) -> Tensor:
-    """Rows of all processes, (all rows, ...), in the order of their ranks; with gradient to every process."""
-    if world()[1] == 1:
-        return x
-    return Everywhere.apply(x)
-
-
-class Everywhere(torch.autograd.Function):
-    """Gather rows; the gradient of a row is the sum of what all processes have for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world()[1])]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        rank, many = world()
-        return gradient.chunk(many)[rank]

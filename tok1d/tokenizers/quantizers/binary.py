@@ -49,6 +49,16 @@ def differentiable_sum_over_ranks(x: Tensor) -> Tensor:
     return _SumOverRanks.apply(x) if world()[1] > 1 else x
 
 
+def all_rows(x: Tensor) -> Tensor:
+    """Float (B, …) of every rank → (ranks · B, …), the same everywhere, with gradient to the own rows. B must be equal on all ranks."""
+    rank, ranks = world()
+    if ranks == 1:
+        return x
+    places = torch.zeros(ranks, *x.shape, dtype=x.dtype, device=x.device)
+    places[rank] = x
+    return differentiable_sum_over_ranks(places).flatten(0, 1)
+
+
 def coin_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of coins with probability sigmoid(logits); stable at any logit, a sum of positive terms."""
     distance = logits.abs()

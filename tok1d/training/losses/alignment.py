@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tok1d.errors import ModelError, UsageError
-from tok1d.tokenizers.quantizers.binary import differentiable_sum_over_ranks
-from tok1d.tokenizers.quantizers.common import world
+from tok1d.tokenizers.quantizers.binary import all_rows
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.frozen import Frozen
 from tok1d.training.losses.base import LatentLoss
@@ -197,16 +196,6 @@ def code_relation(q: Tensor, kept: Tensor) -> Tensor:
     product = q.flatten(1) @ q.flatten(1).mT  # a token that one side dropped is zero there
     length = q.square().sum(2) @ kept.mT  # [a, b]: of a, over the tokens that b kept
     return product / (length * length.mT).clamp(min=1e-12).sqrt()
-
-
-def all_rows(x: Tensor) -> Tensor:
-    """Float (B, …) of every rank → (ranks · B, …), the same everywhere, with gradient to the own rows. B must be equal on all ranks."""
-    rank, ranks = world()
-    if ranks == 1:
-        return x
-    places = torch.zeros(ranks, *x.shape, dtype=x.dtype, device=x.device)
-    places[rank] = x
-    return differentiable_sum_over_ranks(places).flatten(0, 1)
 
 
 class FeatureAlignment(LatentLoss):

@@ -8,9 +8,6 @@ projected GAN https://arxiv.org/abs/2111.01007.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,14 +16,7 @@ from tok1d.errors import UsageError
 from tok1d.training.frozen import Frozen
 from tok1d.training.losses.discriminators_augment import augment, check_augmentations
 from tok1d.training.losses.features import OFFLINE, Backbone
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Modules built inside get the weights of ``seed``; the global random state is as before afterwards."""
-    with torch.random.fork_rng(devices=[]):  # torch.manual_seed would reach the generators of other devices, too
-        torch.default_generator.manual_seed(seed)
-        yield
+from tok1d.training.seeds import seeded
 
 
 class Blur(nn.Module):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tok1d.errors import ModelError, UsageError
+from tok1d.tokenizers.quantizers.common import rank_rows
 from tok1d.tokenizers.tokenizer import Tokenizer1D, TokenizerOutput
 from tok1d.training.losses.base import ImageLoss, LatentLoss
-from tok1d.training.ranks import world
 from tok1d.training.start import start_from
 from tok1d.training.tasks.step import TrainingTask
 
@@ -100,8 +100,7 @@ class TokenizerTask(TrainingTask):
 
     def draw_lengths(self, rows: int, draw: torch.Generator) -> Tensor:
         """int64 (rows,) tokens kept of each image of this rank."""
-        rank, ranks = world()
-        return self.tokenizer.lengths.sample(rows * ranks, self.tokenizer.max_tokens, draw)[rank * rows : (rank + 1) * rows]
+        return rank_rows(rows, lambda all_rows: self.tokenizer.lengths.sample(all_rows, self.tokenizer.max_tokens, draw))
 
     # validation --------------------------------------------------------------------------------------------------
 

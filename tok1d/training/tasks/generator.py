@@ -16,6 +16,7 @@ from tok1d.errors import ModelError, UsageError
 from tok1d.generators.condition import ClassCondition, Condition, Unconditional
 from tok1d.generators.generator import Generator
 from tok1d.generators.space import TokenSpace
+from tok1d.training.seeds import seeded
 from tok1d.training.tasks.step import TrainingTask
 
 
@@ -83,8 +84,7 @@ class GeneratorTask(TrainingTask):
             space = space.first(self.tokens)
         if condition is None:
             condition = ClassCondition(len(names), names, self.drop) if names else Unconditional()
-        with torch.random.fork_rng(devices=[]):  # the same start whatever has drawn numbers before
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):  # the same start whatever has drawn numbers before
             return make(space, condition)
 
     def _check_data(self, data: Any) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tok1d.errors import UsageError
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.frozen import Frozen
 from tok1d.training.losses.base import ImageLoss, LatentLoss
+from tok1d.training.losses.pixels import PIXEL_LOSSES
 from tok1d.training.tasks.base import TokenizerTask
 
 
@@ -84,8 +84,7 @@ class ReconstructionTask(TokenizerTask):
             target: float32 (B, 3, H, W) in [0, 1].
             batch: what else is known of these images.
         """
-        plain = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss, "log_l2": log_l2}
-        found = {name: loss(images, target) for name, loss in plain.items() if name in self.weights and name not in self.losses}
+        found = {name: loss(images, target) for name, loss in PIXEL_LOSSES.items() if name in self.weights and name not in self.losses}
         for name, distance in self.perceptual.on(self.device).items():
             found[name] = distance(images, target).mean()
         for name, loss in self.losses.items():
@@ -116,18 +115,6 @@ class ReconstructionTask(TokenizerTask):
         whole = [name for name, loss in self.losses.items() if self.window and getattr(loss, "whole_images", False)]
         if whole:
             raise UsageError(f"window: {', '.join(whole)} looks at places in whole images; set window: 0, or leave it out")
-
-
-def log_l2(out: Tensor, target: Tensor) -> Tensor:
-    """Mean over images of the natural logarithm of their mean squared error: minus 4.34 of it is the mean PSNR in dB.
-
-    Every image counts alike, however few tokens it was given.
-
-    Example:
-        >>> round(log_l2(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.1)).item(), 3)
-        -4.605
-    """
-    return (out - target).square().flatten(1).mean(1).clamp(min=1e-6).log().mean()
 
 
 def _cut(images: Tensor, window: tuple[int, int, int]) -> Tensor:
