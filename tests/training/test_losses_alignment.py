@@ -26,6 +26,7 @@ from tok1d.training.losses.alignment import (
     ImageRelation,
     code_relation,
     image_relation,
+    steady_cosine,
 )
 
 ensure_torchvision_ops()
@@ -68,6 +69,62 @@ def test_code_relation_is_the_cosine_over_tokens_that_both_kept() -> None:
     same = torch.ones(3, 5, 2, requires_grad=True)
     code_relation(same, torch.ones(3, 5)).sum().backward()
     assert same.grad.isfinite().all()
+
+
+def test_gradients_stay_bounded_as_codes_approach_each_other(weights: str) -> None:
+    """The value is the plain cosine throughout; the plain gradient grows as codes approach, ours ends."""
+    loss, images = ImageRelation("test_vit", weights, 32, spread=0.5), torch.rand(6, 3, 20, 20)
+    centre, offsets, s = torch.randn(1, 8, 4), torch.randn(6, 8, 4), image_relation(loss.frozen["teacher"].net.pooled(images))
+    others = ~torch.eye(6, dtype=torch.bool)
+
+    def plain(q: Tensor) -> Tensor:
+        q = F.normalize((q - q.mean(0)).flatten(1), dim=1)
+        return (q @ q.T - s).abs()[others].mean()
+
+    bound = 2 / (0.5 * 8**0.5 * 6**0.5)  # an image's gradient is a mean over 2 pairs of each other one, each at most 1 / (spread √N)
+    for distance in (3.0, 1.0, 0.1, 1e-2, 1e-3, 1e-5, 1e-8, 0.0):
+        q = (centre + distance * offsets).requires_grad_(True)
+        value, wanted = loss(q, q, None, images, {}), plain(q)
+        (ours,), (theirs,) = (torch.autograd.grad(v, q) for v in (value, wanted))
+        assert ours.norm() <= bound
+        if distance >= 1e-2:
+            torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
+        if distance >= 1:
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+        if distance == 1e-3:
+            assert theirs.norm() > 100 * bound, "the plain cosine is what needs this"
+            assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9
+
+
+def test_a_relation_of_codes_earns_nothing_by_drawing_them_together(weights: str) -> None:
+    """The slope along the scale of all differences is zero, below the spread and above."""
+    loss, images, offsets = ImageRelation("test_vit", weights, 32), torch.rand(6, 3, 20, 20), torch.randn(6, 8, 4)
+    for distance in (1.0, 0.1, 0.01):
+        scale = torch.tensor(distance, requires_grad=True)
+        (slope,) = torch.autograd.grad(loss(images, 0.3 + scale * offsets, None, images, {}), scale)
+        assert abs(slope) < 1e-4
+
+
+def test_gradients_of_short_states_are_bounded_and_others_plain(weights: str) -> None:
+    a, b = torch.randn(7, 5), torch.randn(7, 5)
+    for scale in (10.0, 1.0, 1e-3, 1e-9, 0.0):
+        x, y = (scale * a).requires_grad_(True), b.clone().requires_grad_(True)
+        found = steady_cosine((x * y).sum(1), x.square().sum(1), y.square().sum(1), 0.1)
+        slopes = torch.autograd.grad(found.sum(), (x, y))
+        assert all(slope.norm(dim=1).max() <= 10 for slope in slopes) and found.abs().max() <= 1 + 1e-6
+        if scale >= 1:
+            wanted = F.cosine_similarity(x, y, dim=1)
+            torch.testing.assert_close(found, wanted)
+            for slope, plain in zip(slopes, torch.autograd.grad(wanted.sum(), (x, y)), strict=True):
+                torch.testing.assert_close(slope, plain)
+    tokenizer, images = tiny(), torch.rand(2, 3, 16, 16)
+    for loss in (GridRelation("test_vit", weights, 32), FeatureAlignment(32, "test_vit", weights, 32, "decoder.transformer", hidden=8)):
+        loss.attach(tokenizer)
+        for scale in (1.0, 1e-4, 1e-12):
+            tokenizer(images)
+            value = loss.reader.value = (scale * loss.reader.value).detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(loss(images, images, None, images, {}), value)
+            assert slope.isfinite().all() and slope.norm(dim=-1).max() <= 2 / (0.01 * 32**0.5)
 
 
 def test_image_relation_by_hand_and_with_a_batch_of_one(weights: str) -> None:
@@ -234,3 +291,5 @@ def test_refusals(weights: str) -> None:
         reader.take()
     with pytest.raises(UsageError, match="difference of cosines"):
         ImageRelation("test_vit", weights, 32, margin=2)
+    with pytest.raises(UsageError, match="spread is a distance of codes above 0, got 0"):
+        ImageRelation("test_vit", weights, 32, spread=0)

@@ -9,6 +9,9 @@ nothing here does that (a warning of EOSTok, https://arxiv.org/abs/2605.00503). 
 
 A decoder's states are read by a hook on a block that is named; decoders know nothing of it.
 
+Short vectors turn fast: the gradient of a cosine is one over the length, without bound, and where codes hardly differ that is the length
+of what is left of them without their mean. :func:`steady_cosine` has the same value and a bounded gradient.
+
 Shapes: B images, N tokens, D code width, P = rows · cols places, W width of the decoder, C channels of the teacher.
 """
 
@@ -26,6 +29,8 @@ from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.frozen import Frozen
 from tok1d.training.losses.base import LatentLoss
 from tok1d.training.losses.features import OFFLINE, Backbone
+
+SHORT = 0.01  # root mean square of a state's channels; trained decoders have about 1
 
 
 class BlockReader:
@@ -139,10 +144,12 @@ class GridRelation(LatentLoss):
     def forward(self, z: Tensor, q: Tensor, mask: Tensor | None, images: Tensor, batch: dict[str, Any]) -> Tensor:
         """See :class:`LatentLoss`."""
         states, grid = _read(self.reader)
-        wanted = self.frozen.on(images.device)["teacher"].places(images, grid)
-        found, wanted = (F.normalize(x.float(), dim=-1) for x in (states, wanted))
+        wanted = F.normalize(self.frozen.on(images.device)["teacher"].places(images, grid), dim=-1)
         with torch.autocast(images.device.type, enabled=False):  # cosines of 8 bits differ by more than a good fit does
-            return F.relu((found @ found.mT - wanted @ wanted.mT).abs() - self.margin).mean()
+            g = states.float()
+            size = g.square().sum(-1, keepdim=True)
+            found = steady_cosine(g @ g.mT, size, size.mT, SHORT * g.shape[-1] ** 0.5)
+            return F.relu((found - wanted @ wanted.mT).abs() - self.margin).mean()
 
 
 class ImageRelation(LatentLoss):
@@ -155,12 +162,18 @@ class ImageRelation(LatentLoss):
     Args:
         model, weights, size: see :class:`tok1d.training.losses.features.Backbone`.
         margin: differences below it cost nothing.
+        spread: root mean square distance of a token's codes from their mean below which the gradient is that at this distance; a code of
+            a binary or normalised quantizer has length 1, one of FSQ about that.
     """
 
-    def __init__(self, model: str = OFFLINE, weights: str | None = None, size: int | None = None, margin: float = 0.0) -> None:
+    def __init__(
+        self, model: str = OFFLINE, weights: str | None = None, size: int | None = None, margin: float = 0.0, spread: float = 0.5
+    ) -> None:
         super().__init__()
         _check_margin(margin)
-        self.frozen, self.margin = Frozen(teacher=Teacher(model, weights, size)), margin
+        if spread <= 0:
+            raise UsageError(f"spread is a distance of codes above 0, got {spread}")
+        self.frozen, self.margin, self.spread = Frozen(teacher=Teacher(model, weights, size)), margin, spread
 
     def forward(self, z: Tensor, q: Tensor, mask: Tensor | None, images: Tensor, batch: dict[str, Any]) -> Tensor:
         """See :class:`LatentLoss`."""
@@ -170,7 +183,7 @@ class ImageRelation(LatentLoss):
         if len(q) < 2:
             return q.sum() * 0
         with torch.autocast(q.device.type, enabled=False):
-            difference = (code_relation(q, kept) - image_relation(f)).abs()
+            difference = (code_relation(q, kept, self.spread) - image_relation(f)).abs()
             others = ~torch.eye(len(q), dtype=torch.bool, device=q.device)
             return F.relu(difference - self.margin)[others].mean()
 
@@ -181,12 +194,13 @@ def image_relation(f: Tensor) -> Tensor:
     return f @ f.mT
 
 
-def code_relation(q: Tensor, kept: Tensor) -> Tensor:
+def code_relation(q: Tensor, kept: Tensor, spread: float = 0.5) -> Tensor:
     """Cosines over the tokens that both images kept, each token without its mean over the images that kept it.
 
     Args:
         q: float (B, N, D).
         kept: float (B, N), 1 where a token was kept, else 0.
+        spread: see :class:`ImageRelation`.
 
     Returns:
         Float (B, B), 0 where one side has nothing left.
@@ -194,8 +208,26 @@ def code_relation(q: Tensor, kept: Tensor) -> Tensor:
     mean = (kept[..., None] * q).sum(0) / kept.sum(0).clamp(min=1)[:, None]
     q = kept[..., None] * (q - mean)
     product = q.flatten(1) @ q.flatten(1).mT  # a token that one side dropped is zero there
-    length = q.square().sum(2) @ kept.mT  # [a, b]: of a, over the tokens that b kept
-    return product / (length * length.mT).clamp(min=1e-12).sqrt()
+    size = q.square().sum(2) @ kept.mT  # [a, b]: of a, over the tokens that b kept
+    return steady_cosine(product, size, size.mT, spread * (kept @ kept.mT).clamp(min=1).sqrt())
+
+
+def steady_cosine(product: Tensor, a: Tensor, b: Tensor, length: Tensor | float) -> Tensor:
+    """The cosine, with a gradient that is scaled by the shorter vector over ``length`` where that is below 1: at most 1 / ``length``.
+
+    An epsilon in the denominator would bound it too, and would pull vectors together, which lowers such a cosine.
+
+    Args:
+        product: float (…), a scalar product.
+        a, b: float (…), squared lengths of the two vectors.
+        length: above 0.
+
+    Returns:
+        Float (…), 0 where a vector is.
+    """
+    cosine = product / (a.clamp(min=1e-12).sqrt() * b.clamp(min=1e-12).sqrt())
+    share = (torch.minimum(a, b).detach().sqrt() / length).clamp(max=1)
+    return cosine.detach() + share * (cosine - cosine.detach())
 
 
 class FeatureAlignment(LatentLoss):
@@ -230,7 +262,9 @@ class FeatureAlignment(LatentLoss):
         if states.shape[-1] != self.width:
             raise UsageError(f"the block {self.block} is {states.shape[-1]} wide, the alignment head was built with width={self.width}")
         wanted = self.frozen.on(images.device)["teacher"].places(images, grid)
-        return 1 - F.cosine_similarity(self.head(states).float(), wanted, dim=-1).mean()
+        found = self.head(states).float()
+        product, a, b = ((x * y).sum(-1) for x, y in ((found, wanted), (found, found), (wanted, wanted)))
+        return 1 - steady_cosine(product, a, b, SHORT * wanted.shape[-1] ** 0.5).mean()
 
 
 def _read(reader: BlockReader | None) -> tuple[Tensor, tuple[int, int]]:
