@@ -87,3 +87,24 @@ def test_wrong_requests(tok, tmp_path):
         done = tok("tokenize", *arguments)
         assert done.code == code and message in done.err, done.err
     assert not (tmp_path / "s").exists()
+
+
+def test_rows_of_several_lengths(tok, tmp_path):
+    data = folder(tmp_path / "d", encoded(6))
+    done = tok("tokenize", data, "-o", tmp_path / "s", "--target-psnr", 16)
+    assert done.code == 0 and "ids (32,), " in done.out and " on average, 1 shards" in done.out, done.err
+    lengths = TokenShards(tmp_path / "s").__getitems__(range(6))["lengths"].tolist()
+    assert f"{min(lengths)} to {max(lengths)} tokens, {sum(lengths) / 6:.1f} on average" in done.out
+    missed = tok("tokenize", data, "-o", tmp_path / "t", "--target-psnr", 90)
+    assert "6 of 6 views miss the target and keep all tokens they may" in missed.err
+    assert tok("tokenize", data, "-o", tmp_path / "u", "--tokens", 5, "--json").rows[0]["shape"] == [5]
+    for arguments, code, message in (
+        (["--tokens", "auto"], 1, "has no halting head"),
+        (["--tokens", 3, "--max-bytes", 90], 2, "--tokens fixes the number"),
+        (["--quality", 3], 2, "--quality is what --tokens auto aims at"),
+        (["--tokens", 33], 1, "33"),
+        (["--what", "latents", "--tokens", 3], 2, "kept whole"),
+    ):
+        done = tok("tokenize", data, "-o", tmp_path / "v", *arguments)
+        assert done.code == code and message in done.err, done.err
+    assert not (tmp_path / "v").exists()

@@ -40,6 +40,14 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument(
         "--format", choices=sorted(TOKEN_FORMATS.values()), help="default: by the suffix of OUT, else tok; OUT with such a suffix takes all images"
     )
+    add_budget(parser)
+    options.add_policy(parser)
+    options.add_model(parser)
+    options.add_json(parser)
+
+
+def add_budget(parser: options.Parser) -> None:
+    """The flags that say how many tokens each image keeps."""
     group = parser.add_argument_group("how many tokens (all, if nothing is asked for)")
     group.add_argument(
         "--tokens", type=options.tokens_or_auto, metavar="N", help="the same number for every image, or auto: what the model says each image needs"
@@ -48,9 +56,21 @@ def add_parsers(verbs: Any) -> None:
     group.add_argument("--target-psnr", type=options.positive_float, metavar="DB", help="the fewest that reach this PSNR at the model's size")
     group.add_argument("--target-lpips", type=options.positive_float, metavar="D", help="the fewest with LPIPS (VGG) of at most D; needs tok1d[eval]")
     group.add_argument("--max-bytes", type=options.positive_int, metavar="B", help="at most what a .tok record of B bytes holds, header included")
-    options.add_policy(parser)
-    options.add_model(parser)
-    options.add_json(parser)
+
+
+def check_budget(args: Namespace) -> None:
+    """Refuse flags that contradict each other; imports nothing heavy.
+
+    Raises:
+        UsageError: they do.
+    """
+    auto = args.tokens == "auto"
+    if auto and (args.target_psnr is not None or args.target_lpips is not None):
+        raise UsageError("--tokens auto predicts, --target-psnr and --target-lpips search; use one of them (--quality says what auto aims at)")
+    if args.quality is not None and not auto:
+        raise UsageError("--quality is what --tokens auto aims at; to search for a quality use --target-psnr or --target-lpips")
+    if args.tokens is not None and not auto and _adaptive(args):
+        raise UsageError("--tokens fixes the number; it cannot be combined with --target-psnr, --target-lpips or --max-bytes")
 
 
 @dataclass
@@ -74,13 +94,8 @@ class Encoded:
 
 
 def run(args: Namespace) -> int:
+    check_budget(args)
     auto = args.tokens == "auto"
-    if auto and (args.target_psnr is not None or args.target_lpips is not None):
-        raise UsageError("--tokens auto predicts, --target-psnr and --target-lpips search; use one of them (--quality says what auto aims at)")
-    if args.quality is not None and not auto:
-        raise UsageError("--quality is what --tokens auto aims at; to search for a quality use --target-psnr or --target-lpips")
-    if args.tokens is not None and not auto and _adaptive(args):
-        raise UsageError("--tokens fixes the number; it cannot be combined with --target-psnr, --target-lpips or --max-bytes")
     items = expand(args.inputs, IMAGE_SUFFIXES, "images")
     whole = _whole_output(args.output, args.format, items)
     kind = args.format or (TOKEN_FORMATS.get(Path(whole).suffix.lower(), "tok") if whole else "tok")
@@ -98,7 +113,7 @@ def run(args: Namespace) -> int:
         return 0
 
     model = load_model(args)
-    budget = _budget(args)
+    budget = budget_of(args)
     if auto:  # before anything is read
         from tok1d.tokenizers.halting import head_of
 
@@ -144,7 +159,7 @@ def _adaptive(args: Namespace) -> bool:
     return any(target is not None for target in (args.target_psnr, args.target_lpips, args.max_bytes))
 
 
-def _budget(args: Namespace) -> Budget | Auto | None:
+def budget_of(args: Namespace) -> Budget | Auto | None:
     """The budget of the flags."""
     if args.tokens == "auto":
         from tok1d.tokenizers.budget import Auto

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tok1d.cli import options
+from tok1d.cli.encode import add_budget, budget_of, check_budget
 from tok1d.cli.runtime import Progress, load_model, say
 from tok1d.errors import UsageError
 
@@ -17,6 +18,7 @@ examples:
   tok tokenize train/ -m default -o shards/ --views flip       for tok fit with tok1d.data.tokens.TokenData
   tok tokenize shards-0*.tar -m titok-l-32 -o codes/ --views 8  targets of a teacher, for PhotoData(targets: codes/)
   tok tokenize photos/ -m flextok-d12-d12 -o vae/ --what vae    latents of its frozen VAE
+  tok tokenize train/ -o shards/ --tokens auto --quality 20    rows of several lengths, as tok encode has them
 """
 
 
@@ -31,6 +33,7 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument("--seed", type=options.natural_int, default=0, metavar="S", help="of random crops; default: 0")
     parser.add_argument("--classes", metavar="FILE", help="JSON list of class names in the order of their numbers; default: class folders, sorted")
     parser.add_argument("--per-shard", type=options.positive_int, default=1024, metavar="N", help="images of a shard; default: 1024")
+    add_budget(parser)
     options.add_model(parser, by_flag=False)
     parser.add_argument("--readers", type=options.positive_int, default=2, metavar="N", help="threads that decode images; default: 2")
     options.add_json(parser)
@@ -41,6 +44,7 @@ def run(args: Namespace) -> int:
 
     if args.output.exists() and not args.output.is_dir():
         raise UsageError(f"-o {args.output}: a folder is needed, a file is there")
+    check_budget(args)
     samples = index_images(args.data)  # a wrong path is said before the model is loaded
     model = load_model(args)
 
@@ -51,7 +55,7 @@ def run(args: Namespace) -> int:
     rank = Rank.of_environment()
     head = plan(
         model, samples, what=args.what, views=args.views, area=tuple(args.area), seed=args.seed, per_shard=args.per_shard,
-        classes=read_classes(args.classes),
+        classes=read_classes(args.classes), tokens=budget_of(args) or args.tokens,
     )  # fmt: skip
     progress = Progress(len(range(rank.index, head.shards, rank.count)) * head.per_shard, "images", quiet=args.quiet or args.json)
     try:
@@ -66,13 +70,19 @@ def run(args: Namespace) -> int:
         say(f"{len(made.broken)} images could not be read and have no tokens: {named}" + (" …" if len(made.broken) > 3 else ""))
     if made.unfinished:
         say(f"{made.unfinished} of {head.shards} shards are left to other processes")
+    if made.missed:
+        say(f"{made.missed} of {len(made.lengths)} views miss the target and keep all tokens they may")
     row = {
         "output": str(args.output), "kind": head.kind, "shape": head.shape, "views": len(head.views), "images": made.images, "broken": len(made.broken),
         "shards": made.shards, "kept_shards": made.kept, "model": model.name, "model_id": f"{model.model_id:016x}",
     }  # fmt: skip
+    lengths = sorted(made.lengths)
+    if lengths:
+        row |= {"least_tokens": lengths[0], "mean_tokens": sum(lengths) / len(lengths), "most_tokens": lengths[-1]}
     if args.json:
         print(json.dumps(row))
     elif not args.quiet:
         kept = f", {made.kept} shards were there already" if made.kept else ""
-        print(f"{args.output}: {made.images} images × {len(head.views)} views of {model.name}, {head.kind} {tuple(head.shape)}, {made.shards} shards{kept}")
+        counts = f", {lengths[0]} to {lengths[-1]} tokens, {row['mean_tokens']:.1f} on average" if lengths else ""
+        print(f"{args.output}: {made.images} images × {len(head.views)} views of {model.name}, {head.kind} {tuple(head.shape)}{counts}, {made.shards} shards{kept}")
     return 0

@@ -5,6 +5,7 @@
                              ``ids``     (images, views, N), the smallest unsigned integers that hold the vocabulary
                              ``bits``    uint8 (images, views, N, ceil(d / 8)), most significant bit first
                              ``latents`` float16 (images, views, …)
+                           and ``lengths`` int32 (images, views) where rows are of several lengths: what is beyond is zero
     OUT/00012.json         keys, labels and captions of its images, and those that could not be read; written last
 
 A shard is finished when its JSON is there; both files are written at once or not at all. Arrays are memory-mapped and checked
@@ -48,6 +49,8 @@ class Head:
         data: hash of keys and sizes of the images.
         images: how many, readable or not.
         per_shard: images of a shard; the last one may have fewer.
+        budget: what gave every view its own number of tokens, {} where all have as many: ``rule`` ``auto`` (with the id of the halting
+            head that chose, which is no part of ``model_id``) or ``search``, and its targets.
     """
 
     kind: str
@@ -63,6 +66,7 @@ class Head:
     data: str
     images: int
     per_shard: int
+    budget: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
 
     @property
@@ -96,6 +100,7 @@ def read_head(folder: Path) -> Head:
         head = Head(**found)
         good = head.format == FORMAT and head.kind in KINDS and min(head.images, head.per_shard, len(head.views)) > 0
         good = good and all(isinstance(n, int) for n in (head.images, head.per_shard, *head.shape, *head.size)) and isinstance(head.space, dict)
+        good = good and isinstance(head.budget, dict) and not (head.budget and head.array == "latents")
         good = good and {"tokenizer", "model_id"} <= set(head.space)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TokError(f"{folder} is not a folder of token shards ({path.name}: {error}); make one with tok tokenize DATA -o {folder}") from error

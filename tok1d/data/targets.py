@@ -35,6 +35,8 @@ class Targets:
     def __init__(self, folder: str, samples: Sequence[Sample], size: int, random: bool) -> None:
         self.shards, self.random = TokenShards(folder), random
         head = self.shards.head
+        if head.budget:
+            raise UsageError(f"{folder} holds rows of several lengths, which are no targets: run tok tokenize without a number of tokens")
         if head.size != [size, size]:
             raise UsageError(f"{folder} holds targets of views of {head.size[0]}×{head.size[1]} pixels; data.size is {size}")
         if head.data != fingerprint(samples):

@@ -3,7 +3,7 @@
 The images are cut in runs of ``per_shard``, one run a shard, and shards go round the ranks. A shard's content does not depend on what
 was made before it or by whom, so a killed run goes on at the first unfinished shard and ends with the same bytes.
 
-Shapes: V views of an image, N tokens.
+Shapes: V views of an image, B of them at once, N tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,10 @@ from tok1d.data.photos import decode_rgb
 from tok1d.data.shards import HEAD, Arrays, Head, Notes, id_dtype, read_head, read_notes, write_shard
 from tok1d.data.views import Window, cut, named_view, view_names
 from tok1d.errors import ImageError, TokError, UsageError
+from tok1d.tokens import TokenSequence
 
 if TYPE_CHECKING:
+    from tok1d.tokenizers.budget import Auto, Budget
     from tok1d.tokenizers.tokenizer import Tokenizer1D
 
 WHAT = ("ids", "latents", "vae")
@@ -43,6 +45,8 @@ class Made:
         kept: shards that were finished before.
         broken: (key, reason) of images that could not be read.
         unfinished: shards that other ranks have not finished yet.
+        lengths: tokens of every view made by this run on this rank, where a budget chose them.
+        missed: how many of these views keep all tokens and miss the quality even so.
     """
 
     head: Head
@@ -51,6 +55,8 @@ class Made:
     kept: int
     broken: list[tuple[str, str]]
     unfinished: int
+    lengths: list[int] = field(default_factory=list)
+    missed: int = 0
 
 
 def plan(
@@ -63,6 +69,7 @@ def plan(
     seed: int = 0,
     per_shard: int = 1024,
     classes: Sequence[str] | None = None,
+    tokens: int | Budget | Auto | None = None,
 ) -> Head:
     """What a set of shards will be.
 
@@ -74,9 +81,11 @@ def plan(
         area, seed: of random views.
         per_shard: images of a shard.
         classes: names in the order of their numbers; those of the class folders in sorted order if None.
+        tokens: of every view, the first ones; or a budget, and every view has a length of its own. All if None.
 
     Raises:
         UsageError: what this model cannot make, unknown views, or class names without numbers.
+        TokenError: a number of tokens this model does not make, or a budget it cannot follow.
     """
     from tok1d.generators.space import TokenSpace
 
@@ -86,17 +95,47 @@ def plan(
         raise UsageError(f"{model.name} is continuous and has no ids; keep its latents: --what latents")
     if what == "vae" and not hasattr(model.encoder, "latents"):
         raise UsageError(f"--what vae: the encoder of {model.name} has no VAE in it")
+    if tokens is not None and what != "ids":
+        raise UsageError(f"--what {what} is kept whole; a number of tokens or a budget goes with ids")
     names = class_names(samples) if classes is None else list(classes)
     check_names(samples, names)
     space = TokenSpace.of(model, None if what == "ids" else "latents")
+    budget = {} if tokens is None or isinstance(tokens, int) else _described(model, tokens)
+    if isinstance(tokens, int):
+        space = space.first(tokens)
     kind = space.kind if what == "ids" else what
     height, width = model.image_size
     with torch.inference_mode():
-        shape = list(_encode(model, torch.zeros(1, 3, height, width), kind).shape[1:])
+        shape = list(_encode(model, torch.zeros(1, 3, height, width), kind, space.tokens).shape[1:])
     return Head(
         kind, space.to_config(), shape, view_names(views), [height, width], list(map(float, area)), seed, str(model.dtype), names,
-        [f for f in fields_of(samples) if f in ("label", "text")], fingerprint(samples), len(samples), per_shard,
+        [f for f in fields_of(samples) if f in ("label", "text")], fingerprint(samples), len(samples), per_shard, budget,
     )  # fmt: skip
+
+
+def _described(model: Tokenizer1D, budget: Budget | Auto) -> dict[str, Any]:
+    """A budget as the head of a set has it, with everything the lengths depend on."""
+    from tok1d.tokenizers.budget import Auto
+    from tok1d.tokenizers.folder import chunks_of, fingerprint, plain_state
+    from tok1d.tokenizers.halting import head_of
+
+    if isinstance(budget, Auto):
+        chooser = head_of(model)
+        quality = chooser.quality if budget.quality is None else budget.quality
+        found = {"rule": "auto", "metric": chooser.metric, "quality": quality, "max_bytes": budget.max_bytes}
+        found["head"] = f"{fingerprint(chooser.to_config(), chunks_of(plain_state(chooser))):016x}"
+    else:
+        budget.check(model)
+        found = {"rule": "search", **asdict(budget)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _budget_of(head: Head) -> Budget | Auto | None:
+    """The budget that a head describes."""
+    from tok1d.tokenizers.budget import Auto, Budget
+
+    values = {name: value for name, value in head.budget.items() if name not in ("rule", "metric", "head")}
+    return (Auto if head.budget["rule"] == "auto" else Budget)(**values) if values else None
 
 
 def tokenise(
@@ -128,13 +167,15 @@ def tokenise(
     _begin(out, head)
     mine = range(rank, head.shards, ranks)
     todo = [number for number in mine if read_notes(out, number) is None]
-    made = Made(head, 0, 0, len(mine) - len(todo), [], 0)
+    made, budget = Made(head, 0, 0, len(mine) - len(todo), [], 0), _budget_of(head)
     with ThreadPoolExecutor(readers) as pool:
         for number in todo:
             run = samples[number * head.per_shard : (number + 1) * head.per_shard]
             notes = Notes()
-            windows, values = _shard(model, run, head, notes, batch_size, pool, lambda at=number: progress and progress(at))
-            write_shard(out, number, {"windows": windows, **values}, notes)
+            arrays, missed = _shard(model, run, head, budget, notes, batch_size, pool, lambda at=number: progress and progress(at))
+            write_shard(out, number, arrays, notes)
+            made.lengths += arrays["lengths"].flatten().tolist() if budget else []
+            made.missed += missed
             made.shards, made.images = made.shards + 1, made.images + len(notes.keys)
             made.broken += [(key, reason) for key, reason in notes.broken]
     made.unfinished = sum(read_notes(out, number) is None for number in range(head.shards))
@@ -159,13 +200,26 @@ def _begin(out: Path, head: Head) -> None:
 
 
 def _shard(
-    model: Tokenizer1D, samples: Sequence[Sample], head: Head, notes: Notes, batch_size: int, pool: ThreadPoolExecutor, done: Callable[[], Any]
-) -> tuple[NDArray[np.int32], Arrays]:
-    """Windows and packed values of a run of images; what could not be read goes into the notes."""
+    model: Tokenizer1D, samples: Sequence[Sample], head: Head, budget: Budget | Auto | None, notes: Notes, batch_size: int,
+    pool: ThreadPoolExecutor, done: Callable[[], Any],
+) -> tuple[Arrays, int]:  # fmt: skip
+    """Arrays of a run of images, and how many views miss their budget; what could not be read goes into the notes."""
     places = {name: number for number, name in enumerate(head.classes)}
     windows: list[list[Window]] = []
     rows: list[Tensor] = []
+    lengths: list[int] = []
     waiting: list[Tensor] = []
+    missed = 0
+
+    def encode(views: Tensor) -> None:
+        nonlocal missed
+        values = _encode(model, views, head.kind, head.shape[0])
+        if budget is not None:
+            values, kept, late = _shortened(model, views, values, budget)
+            lengths.extend(kept)
+            missed += late
+        rows.append(values)
+
     with torch.inference_mode():
         for sample, found in _read(samples, head, places, pool, ahead=max(2, batch_size // len(head.views))):
             done()
@@ -179,14 +233,15 @@ def _shard(
             windows.append(cuts)
             waiting += views
             while len(waiting) >= batch_size:
-                rows.append(_encode(model, torch.stack(waiting[:batch_size]), head.kind))
+                encode(torch.stack(waiting[:batch_size]))
                 waiting = waiting[batch_size:]
         if waiting:
-            rows.append(_encode(model, torch.stack(waiting), head.kind))
+            encode(torch.stack(waiting))
     count = len(head.views)
     values = torch.cat(rows) if rows else torch.empty(0, *head.shape, dtype=torch.float32 if head.array == "latents" else torch.int64)
     packed = _pack(values.unflatten(0, (-1, count)) if rows else values[:, None].expand(0, count, *head.shape), head)
-    return np.array(windows, np.int32).reshape(-1, count, 5), {head.array: packed}
+    arrays = {"windows": np.array(windows, np.int32).reshape(-1, count, 5), head.array: packed}
+    return (arrays | {"lengths": np.array(lengths, np.int32).reshape(-1, count)} if budget is not None else arrays), missed
 
 
 def _read(
@@ -211,14 +266,23 @@ def _read(
         yield from zip(part, pool.map(views, part))
 
 
-def _encode(model: Tokenizer1D, views: Tensor, kind: str) -> Tensor:
-    """Views uint8 or float (B, 3, H, W) → ids (B, N), bits (B, N, d), or float latents (B, …), on the CPU."""
+def _encode(model: Tokenizer1D, views: Tensor, kind: str, tokens: int) -> Tensor:
+    """Views uint8 or float (B, 3, H, W) → the first ids (B, N) or bits (B, N, d), or float latents (B, …), on the CPU."""
     if kind in ("ids", "bits"):
-        return model.encode(views).data.cpu()
+        return model.encode(views, tokens).data.cpu()
     images = views.float() / 255 if views.dtype == torch.uint8 else views
     if kind == "vae":
         return model.encoder.latents(images.to(model.device)).float().cpu()  # type: ignore[operator]
     return model.quantizer(model.encode_latents(images)).q.float().cpu()
+
+
+def _shortened(model: Tokenizer1D, views: Tensor, values: Tensor, budget: Budget | Auto) -> tuple[Tensor, tuple[int, ...], int]:
+    """Ids or bits with zeros beyond the tokens that each view keeps, how many these are, and how many views miss the target."""
+    fields = {"ids": values, "bits": None} if values.ndim == 2 else {"ids": None, "bits": values}
+    found = budget.search(model, views, TokenSequence(**fields, vocab_size=model.vocab_size, model_id=model.model_id, nested=True))
+    whole = torch.zeros_like(values)
+    whole[:, : found.sequence.shape[1]] = found.sequence.data
+    return whole, found.tokens, found.reached.count(False)
 
 
 def _pack(values: Tensor, head: Head) -> NDArray[Any]:

@@ -1,7 +1,8 @@
 """Token shards as training data: TokenShards serves batches of one set, TokenData feeds a trainer, exactly resumable.
 
 Batches: ``ids`` int64 (B, N), ``bits`` uint8 (B, N, d) or ``latents`` float16 (B, N, D) or (B, C, h, w); ``key`` list of B; ``label``
-int64 (B,) and ``text`` list of B where the data have them. An epoch is every image once, in one of its views.
+int64 (B,) and ``text`` list of B where the data have them; ``lengths`` int64 (B,) where rows are of several lengths: entries beyond are zero
+and count for nothing. An epoch is every image once, in one of its views.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ class TokenShards(Dataset):
             array = arrays.get(self.head.array)
             if array is None or array.shape[:2] != (images, views) or arrays["windows"].shape != (images, views, 5):
                 raise TokError(f"{self.folder}: shard {shard} does not fit its notes; remove both its files and run tok tokenize again")
+            if self.head.budget and not _are_lengths(arrays.get("lengths"), array.shape[:3]):
+                raise TokError(f"{self.folder}: shard {shard} has no lengths in 1..{array.shape[2]}; remove both its files and run tok tokenize again")
             self._maps[shard] = arrays
         return self._maps[shard]
 
@@ -105,6 +108,11 @@ class TokenShards(Dataset):
         """Ids int64 (N,), bits uint8 (N, d) or latents float16 (…) of one view."""
         shard, row = self._place(index)
         return torch.from_numpy(self._unpack(self._arrays(shard)[self.head.array][row, view]))
+
+    def length(self, index: int, view: int) -> int:
+        """How many tokens of one view count."""
+        shard, row = self._place(index)
+        return int(self._arrays(shard)["lengths"][row, view]) if self.head.budget else int(self.head.shape[0])
 
     def window(self, index: int, view: int) -> Window:
         """The window of an image that a view shows."""
@@ -125,14 +133,22 @@ class TokenShards(Dataset):
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
         pairs: list[tuple[int, int | None]] = [i if isinstance(i, tuple) else (i, None) for i in indices]
         places = [self._place(index) for index, _ in pairs]
-        stored = np.stack([self._arrays(s)[self.head.array][row, self.view_of(i, d)] for (s, row), (i, d) in zip(places, pairs)])
+        views = [self.view_of(i, d) for i, d in pairs]
+        stored = np.stack([self._arrays(s)[self.head.array][row, view] for (s, row), view in zip(places, views)])
         batch: dict[str, Any] = {self.head.array: torch.from_numpy(self._unpack(stored))}
         batch["key"] = [self._notes[s].keys[row] for s, row in places]
+        if self.head.budget:
+            batch["lengths"] = torch.tensor([self.length(i, view) for (i, _), view in zip(pairs, views)])
         if "label" in self.head.fields:
             batch["label"] = torch.tensor([self._notes[s].labels[row] for s, row in places])
         if "text" in self.head.fields:
             batch["text"] = [choose_text(tuple(self._notes[s].texts[row]), draw) for (s, row), (_, draw) in zip(places, pairs)]
         return batch
+
+
+def _are_lengths(found: NDArray[Any] | None, shape: tuple[int, ...]) -> bool:
+    """Whether there is a length in 1..N for every view; ``shape`` (images, views, N)."""
+    return found is not None and found.shape == shape[:2] and (not found.size or (int(found.min()) >= 1 and int(found.max()) <= shape[2]))
 
 
 class TokenData(lightning.LightningDataModule):
@@ -208,4 +224,5 @@ class TokenData(lightning.LightningDataModule):
         """What a model card says of the training data; no paths."""
         head = self.train_set.head
         kept = {"tokenizer": head.space["tokenizer"], "model_id": head.space["model_id"], "kind": head.kind, "views": len(head.views)}
+        kept |= {"lengths": head.budget} if head.budget else {}
         return {"images": len(self.train_set), "size": head.size[0], "batch_size": self.batch_size, "seed": self.seed, **kept}

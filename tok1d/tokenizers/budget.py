@@ -83,6 +83,18 @@ class Budget:
         """As :meth:`search`, the sequence only; warns when a target is missed with every token kept."""
         return _warned(self.search(tokenizer, images, seq), self)
 
+    def check(self, tokenizer: Tokenizer1D) -> None:
+        """Refuse a model whose number of tokens cannot be chosen.
+
+        Raises:
+            TokenError: it is not nested.
+        """
+        if not tokenizer.is_nested:
+            raise TokenError(
+                f"{tokenizer.name} makes exactly {tokenizer.max_tokens} tokens and cannot adapt their number to a target. "
+                "Use a nested model: tok models --filter nested"
+            )
+
     @torch.inference_mode()
     def search(
         self,
@@ -103,11 +115,7 @@ class Budget:
             TokenError: the model is not nested, or one token alone takes more than ``max_bytes``.
             MissingExtraError: ``lpips`` without the extra ``eval``.
         """
-        if not tokenizer.is_nested:
-            raise TokenError(
-                f"{tokenizer.name} makes exactly {tokenizer.max_tokens} tokens and cannot adapt their number to a target. "
-                "Use a nested model: tok models --filter nested"
-            )
+        self.check(tokenizer)
         steps = [k for k in tokenizer.token_lengths if k <= seq.shape[1]]
         count = len(seq) if seq.geometry is None else len(seq.geometry)
         if count == 0:
