@@ -213,11 +213,11 @@ class AutoregressiveGenerator(Generator):
                 alive = alive & ~ends
                 if not bool(alive.any()):
                     break
-            data[:, i] = self.head.sample(states, uniform[:, i, :-1], g[i], temperature, top_k, top_p)
+            data[:, i] = self.head.at(i).sample(states, uniform[:, i, :-1], g[i], temperature, top_k, top_p)
             if on_step is not None:
                 on_step(i, tokens, data[:, : i + 1])
             if i + 1 < tokens:
-                x = self.head.embed(data[:, i : i + 1])
+                x = self.head.at(i).embed(data[:, i : i + 1])
                 states = self.trunk(x.repeat(many, 1, 1), causal=True, cache=cache)[:, 0]
         return self.space.sequence(data[:, : int(lengths.max())], lengths)
 

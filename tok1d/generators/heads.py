@@ -1,7 +1,7 @@
 """What turns states of a trunk into tokens and tokens into its input: the contract, and one softmax over all ids.
 
 The other heads: independent and masked bits (:mod:`tok1d.generators.heads_bits`), sub-codes and channels one after the other
-(:mod:`tok1d.generators.heads_factors`).
+(:mod:`tok1d.generators.heads_factors`), features of the codes that ids stand for (:mod:`tok1d.generators.heads_codes`).
 
 Shapes: B rows, N tokens, W width, a token is () for ids or (d,) for bits.
 """
@@ -9,6 +9,7 @@ Shapes: B rows, N tokens, W width, a token is () for ids or (d,) for bits.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,6 +46,17 @@ class TokenHead(Part):
     @abstractmethod
     def embed(self, data: Tensor) -> Tensor:
         """Tokens (B, n, ...) → float (B, n, W), input of the trunk."""
+
+    def at(self, places: int | Tensor) -> Any:
+        """What embeds, judges and samples the tokens at some places of a row; else they are its first ones.
+
+        Args:
+            places: the one they all are; or int64 (B, n), in any order.
+
+        Returns:
+            This head, where all places are alike, or an object with its methods ``embed``, ``loss`` and ``sample``.
+        """
+        return self
 
     def corrupt(self, data: Tensor, chance: Chance) -> Tensor:
         """Tokens as training shows them to the trunk; targets stay clean."""

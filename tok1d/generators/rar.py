@@ -125,7 +125,7 @@ class RARGenerator(Generator):
         data = torch.take_along_dim(data, order.view(*order.shape, *[1] * (data.ndim - 2)), 1)
         states = self.states(self.condition(batch, rows, noise), data[:, :-1], order, noise)
         mask = torch.arange(tokens, device=self.device) < lengths[:, None]
-        token = token_mean(self.head.loss(states, data, chance), mask, self.training and torch.is_grad_enabled())
+        token = token_mean(self.head.at(order).loss(states, data, chance), mask, self.training and torch.is_grad_enabled())
         return {"token": token}, {"bits_per_token": token.detach() / math.log(2), "random": torch.tensor(share)}
 
     def _share(self, batch: dict[str, Any]) -> float:
@@ -161,7 +161,7 @@ class RARGenerator(Generator):
         """
         rows, tokens = data.shape[:2]
         order = torch.arange(self.space.tokens, device=self.device)[None] if order is None else order
-        inputs = self.head.embed(data if noise is None else self.head.corrupt(data, noise))
+        inputs = self.head.at(order[:, :tokens]).embed(data if noise is None else self.head.corrupt(data, noise))
         if noise is not None:  # also where nothing is dropped: every parameter takes part in every step
             inputs = torch.where((noise.uniform(tokens) < self.token_drop)[..., None], self.hidden_token, inputs)
         before = self._before(given, rows) + self.positions[: self.front]
@@ -224,10 +224,10 @@ class RARGenerator(Generator):
                 modulations = self.trunk.modulations(vectors, *ahead)
             now = [m[whose, start - ahead[0] : stop - ahead[0]] for m in modulations]
             states = self.trunk(x + places[start:stop], now, cache=cache)[:, -1]
-            data[:, i] = self.head.sample(states, uniform[:, i], g[i], temperature, top_k, top_p)
+            data[:, i] = self.head.at(i).sample(states, uniform[:, i], g[i], temperature, top_k, top_p)
             if on_step is not None:
                 on_step(i, tokens, data[:, : i + 1])
-            x = self.head.embed(data[:, i : i + 1]).repeat(many, 1, 1)
+            x = self.head.at(i).embed(data[:, i : i + 1]).repeat(many, 1, 1)
         return self.space.sequence(data)
 
 

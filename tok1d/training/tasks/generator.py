@@ -1,7 +1,8 @@
 """GeneratorTask: a generator learns the tokens of a set of shards.
 
 Which tokens these are, and which classes, the shards know: the generator is built for them when the run starts, so a
-configuration says how large it is and nothing that could contradict its data. Shapes: B rows, N tokens.
+configuration says how large it is and nothing that could contradict its data. A generator that learns from codes
+(:mod:`tok1d.generators.codes`) gets those of the tokenizer that the shards name. Shapes: B rows, N tokens.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tok1d.errors import ModelError, UsageError
+from tok1d import hub
+from tok1d.errors import ModelError, TokError, UsageError
+from tok1d.generators.codes import give_codes, wants_codes
 from tok1d.generators.condition import ClassCondition, Condition, Unconditional
 from tok1d.generators.generator import Generator
 from tok1d.generators.space import TokenSpace
+from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.seeds import seeded
 from tok1d.training.tasks.step import TrainingTask
 
@@ -28,6 +32,8 @@ class GeneratorTask(TrainingTask):
             a configuration a class with all its arguments but these two.
         condition: what it is told; None: the class if the shards have classes, else nothing.
         tokens: how many first tokens of a nested tokenizer are learned; all if None.
+        tokenizer: name or folder of the tokenizer that made the shards, where its name alone does not find it; only generators that
+            learn from codes need it.
         init_from: folder of a generator (``tok export``) whose weights to start from.
         weights: weight of each loss by log name; those that are not named have the generator's ``loss_weights``, or 1, and 0 leaves
             one out.
@@ -42,6 +48,7 @@ class GeneratorTask(TrainingTask):
         generator: Callable[[TokenSpace, Condition], Generator],
         condition: Condition | None = None,
         tokens: int | None = None,
+        tokenizer: str | None = None,
         init_from: str | None = None,
         weights: dict[str, float] | None = None,
         drop: float = 0.1,
@@ -62,6 +69,7 @@ class GeneratorTask(TrainingTask):
         # In a list, because an attribute that is a module would be one of the task's own
         self._plan: list[Any] = [generator, condition]
         self.tokens, self.drop, self.init_from, self.asked = tokens, drop, init_from, dict(weights or {})
+        self.source = tokenizer
 
     # building ----------------------------------------------------------------------------------------------------
 
@@ -69,6 +77,11 @@ class GeneratorTask(TrainingTask):
         if self.generator is None:
             self.generator = self._build(self.trainer.datamodule)
         self._check_data(self.trainer.datamodule)
+        if wants_codes(self.generator):
+            with seeded(self.seed):
+                give_codes(self.generator, self._tokenizer(self.generator.space))
+        if stage == "fit" and hasattr(self.trainer.datamodule, "every_image"):
+            self.generator.prepare(lambda: map(self.shortened, self.trainer.datamodule.every_image()))
         if self.init_from and stage == "fit":
             _start_from(self.generator, self.init_from)
             self.init_from = None
@@ -85,7 +98,22 @@ class GeneratorTask(TrainingTask):
         if condition is None:
             condition = ClassCondition(len(names), names, self.drop) if names else Unconditional()
         with seeded(self.seed):  # the same start whatever has drawn numbers before
-            return make(space, condition)
+            generator = make(space, condition)
+            if wants_codes(generator):
+                give_codes(generator, self._tokenizer(space))
+        return generator
+
+    def _tokenizer(self, space: TokenSpace) -> Tokenizer1D:
+        """The tokenizer of the shards, for its codes."""
+        source = self.source or space.tokenizer
+        try:
+            with seeded(0):  # what loading draws does not count
+                return hub.load(source)
+        except TokError as error:
+            raise ModelError(
+                f"this generator learns from codes, so it needs the tokenizer that made the shards, {space.tokenizer} {space.model_id}: "
+                f"{error}. Give its name or folder as model.tokenizer"
+            ) from error
 
     def _check_data(self, data: Any) -> None:
         assert self.generator is not None
