@@ -28,7 +28,7 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the shards")
     parser.add_argument("-m", "--model", default="default", metavar="M", help="name (tok models), folder, weights file, or hub id; default: default")
     parser.add_argument("--views", default="centre", metavar="V", help="centre, flip (centre and mirrored), ten-crop, or a number of random crops; default: centre")
-    parser.add_argument("--what", choices=("ids", "latents", "vae"), default="ids", help="ids (or bits), what the decoder takes, or latents of the encoder's VAE")
+    parser.add_argument("--what", choices=("ids", "latents", "encoder", "vae"), default="ids", help="ids (or bits), what the decoder takes, what the quantizer takes, or latents of the encoder's VAE")
     parser.add_argument("--area", type=options.positive_float, nargs=2, default=(0.35, 1.0), metavar=("LOW", "HIGH"), help="share of the largest square in random crops")
     parser.add_argument("--seed", type=options.natural_int, default=0, metavar="S", help="of random crops; default: 0")
     parser.add_argument("--classes", metavar="FILE", help="JSON list of class names in the order of their numbers; default: class folders, sorted")

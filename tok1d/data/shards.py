@@ -27,7 +27,7 @@ from tok1d.extras import require
 
 HEAD = "tokens.json"
 FORMAT = "tok1d.shards/1"
-KINDS = ("ids", "bits", "latents", "vae")
+KINDS = ("ids", "bits", "latents", "encoder", "vae")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -36,7 +36,8 @@ class Head:
     """What a set of token shards is.
 
     Attributes:
-        kind: ``ids``, ``bits``, ``latents`` (of the tokens) or ``vae`` (of the frozen VAE inside the tokenizer's encoder).
+        kind: ``ids``, ``bits``, ``latents`` (of the tokens), ``encoder`` (the same before quantization) or ``vae`` (of the frozen VAE
+            inside the tokenizer's encoder).
         space: of :class:`tok1d.generators.space.TokenSpace`: tokenizer, model_id, vocab_size, lengths …, plain data.
         shape: of what is kept of one view: [N], [N, d], [N, D] or [C, h, w].
         views: names of the views of every image.
@@ -72,7 +73,7 @@ class Head:
     @property
     def array(self) -> str:
         """Name of the array that holds them."""
-        return "latents" if self.kind == "vae" else self.kind
+        return "latents" if self.kind in ("encoder", "vae") else self.kind
 
     @property
     def shards(self) -> int:

@@ -37,6 +37,8 @@ class Targets:
         head = self.shards.head
         if head.budget:
             raise UsageError(f"{folder} holds rows of several lengths, which are no targets: run tok tokenize without a number of tokens")
+        if head.kind == "encoder":
+            raise UsageError(f"{folder} holds latents from before quantization, for generators; targets are ids, latents or those of a VAE")
         if head.size != [size, size]:
             raise UsageError(f"{folder} holds targets of views of {head.size[0]}×{head.size[1]} pixels; data.size is {size}")
         if head.data != fingerprint(samples):

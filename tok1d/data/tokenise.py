@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tok1d.tokenizers.budget import Auto, Budget
     from tok1d.tokenizers.tokenizer import Tokenizer1D
 
-WHAT = ("ids", "latents", "vae")
+WHAT = ("ids", "latents", "encoder", "vae")
 
 
 @dataclass
@@ -76,7 +76,8 @@ def plan(
     Args:
         model: the frozen tokenizer.
         samples: the data.
-        what: ``ids`` (bits for codes beyond 62 bits), ``latents`` (what the decoder takes) or ``vae`` (of the VAE in the encoder).
+        what: ``ids`` (bits for codes beyond 62 bits), ``latents`` (what the decoder takes), ``encoder`` (what the quantizer takes) or
+            ``vae`` (of the VAE in the encoder).
         views: as :func:`tok1d.data.views.view_names`.
         area, seed: of random views.
         per_shard: images of a shard.
@@ -95,11 +96,11 @@ def plan(
         raise UsageError(f"{model.name} is continuous and has no ids; keep its latents: --what latents")
     if what == "vae" and not hasattr(model.encoder, "latents"):
         raise UsageError(f"--what vae: the encoder of {model.name} has no VAE in it")
-    if tokens is not None and what != "ids":
-        raise UsageError(f"--what {what} is kept whole; a number of tokens or a budget goes with ids")
+    if tokens is not None and what != "ids" and not (what == "encoder" and isinstance(tokens, int)):
+        raise UsageError(f"--what {what} is kept whole; a number of tokens goes with ids and encoder, a budget with ids")
     names = class_names(samples) if classes is None else list(classes)
     check_names(samples, names)
-    space = TokenSpace.of(model, None if what == "ids" else "latents")
+    space = TokenSpace.of(model, {"ids": None, "encoder": "encoder"}.get(what, "latents"))
     budget = {} if tokens is None or isinstance(tokens, int) else _described(model, tokens)
     if isinstance(tokens, int):
         space = space.first(tokens)
@@ -273,6 +274,8 @@ def _encode(model: Tokenizer1D, views: Tensor, kind: str, tokens: int) -> Tensor
     images = views.float() / 255 if views.dtype == torch.uint8 else views
     if kind == "vae":
         return model.encoder.latents(images.to(model.device)).float().cpu()  # type: ignore[operator]
+    if kind == "encoder":
+        return model.encode_latents(images, tokens)[:, :tokens].float().cpu()
     return model.quantizer(model.encode_latents(images)).q.float().cpu()
 
 

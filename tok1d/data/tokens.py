@@ -8,7 +8,7 @@ and count for nothing. An epoch is every image once, in one of its views.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,11 @@ class TokenData(lightning.LightningDataModule):
     def classes(self) -> list[str]:
         """Class names in the order of their numbers; [] if there are none."""
         return self.train_set.head.classes
+
+    def every_image(self) -> Iterator[dict[str, Any]]:
+        """Batches of every training image once, each in one of its views; the same in every process."""
+        for start in range(0, len(self.train_set), 512):
+            yield self.train_set.__getitems__([(i, i) for i in range(start, min(start + 512, len(self.train_set)))])
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None

@@ -70,6 +70,7 @@ class FlowGenerator(Generator):
         check_times(time_mean, time_std, shift)
         attach_condition(condition, width)
         channels = space.channels
+        self.shape = (space.tokens, channels)  # of a row, where the flow works
         self.net = Denoiser(channels, channels, condition.places, space.tokens, width, depth, heads, hidden, positions)
         self.scale = Scale(channels, measured)
         self.time_mean, self.time_std, self.shift = time_mean, time_std, shift
@@ -123,9 +124,9 @@ class FlowGenerator(Generator):
         """
         times = sampling_times(steps, self.shift if shift is None else shift, solver)
         g = strengths(guidance, schedule, steps)
-        rows, tokens, noise = request.rows, self.space.tokens, RowNoise(request.seeds, self.device)
-        x = noise.normal(tokens, self.space.channels)
-        kicks = noise.normal(steps - 1, tokens, self.space.channels) if solver == "maruyama" else None
+        rows, tokens, noise = request.rows, self.shape[0], RowNoise(request.seeds, self.device)
+        x = noise.normal(*self.shape)
+        kicks = noise.normal(steps - 1, *self.shape) if solver == "maruyama" else None
         clean = known_tokens(self, prefix, rows)
         known = None if prefix is None else F.pad(self.scale(prefix), (0, 0, 0, tokens - prefix.shape[1]))
         with_one, with_both = request.both(False), request.both(guidance != 1)

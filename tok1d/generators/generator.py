@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Generator(Part):
     Attributes:
         options: keyword arguments of :meth:`generate` this kind of generator takes.
         loss_weights: weights of its losses by log name, for training that does not set its own; 1 for the others.
+        sampling: options that :meth:`generate` takes where it is given none, {} for those of this kind; kept in config.json, and no
+            part of ``model_id``.
     """
 
     options: tuple[str, ...] = ()
@@ -83,6 +85,7 @@ class Generator(Part):
         if not isinstance(space, TokenSpace) or not isinstance(condition, Condition):
             raise ModelError(f"a generator needs a TokenSpace and a Condition, got {type(space).__name__} and {type(condition).__name__}")
         self.space, self.condition = space, condition
+        self.sampling: dict[str, Any] = {}
         self._model_id: int | None = None
 
     # what subclasses have ----------------------------------------------------------------------------------------
@@ -99,6 +102,13 @@ class Generator(Part):
             batch: ``ids`` int64 (B, N), ``bits`` uint8 (B, N, d) or ``latents`` float (B, N, C), as the space says; optional
                 ``lengths`` int64 (B,), how many tokens of a row count; ``label`` int64 (B,) or ``text``, as the condition says.
             generator: of every random choice, a CPU generator in the same state in every process.
+        """
+
+    def prepare(self, batches: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Look at training data before the first step, for what is measured and not learned; every process sees the same.
+
+        Args:
+            batches: begins to give batches, as :meth:`losses` takes them, of every training image once.
         """
 
     @abstractmethod
@@ -142,7 +152,7 @@ class Generator(Part):
             on_step: called after every step with its number from 0, the number of steps, and the tokens so far.
             more: further ``options`` of this kind of generator.
 
-        Options that are None have the defaults of this kind.
+        Options that are None are those of ``sampling``, or else have the defaults of this kind.
 
         Returns:
             TokenSequence of B rows, or Latents from a generator of latents.
@@ -154,13 +164,14 @@ class Generator(Part):
             raise TokenError(f"n must be an integer in 1..{MAX_ROWS}, got {n!r:.100}")
         known = {"guidance": guidance, "schedule": schedule, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         known |= {"steps": steps, "prefix": prefix, "on_step": on_step}
-        options = {name: value for name, value in {**known, **more}.items() if value is not None}
+        options = self.sampling | {name: value for name, value in {**known, **more}.items() if value is not None}
         for name in options:
             if name not in self.options:
                 raise TokenError(f"{type(self).__name__} has no option {name!r}; its options: {', '.join(self.options)}")
         check_choice(options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1.0))
         self._check_guidance(options)
-        if steps is not None and not (type(steps) is int and 1 <= steps <= MAX_STEPS):
+        steps = options.get("steps", 1)
+        if not (type(steps) is int and 1 <= steps <= MAX_STEPS):
             raise TokenError(f"steps must be an integer in 1..{MAX_STEPS}, got {steps!r:.100}")
         tokens = self.space.check_tokens(tokens)
         if "prefix" in options:
@@ -168,6 +179,17 @@ class Generator(Part):
         seeds = row_seeds(seeds, n)
         asked = self.condition.request(n, label, text)
         return self.sample(Request(n, tokens, seeds, self.condition(asked, n), self.condition.null(n)), **options)
+
+    def check_sampling(self, sampling: Any) -> dict[str, Any]:
+        """The same, as ``sampling`` may hold it.
+
+        Raises:
+            ModelError: options this kind of generator does not take, or values that are not plain.
+        """
+        plain = isinstance(sampling, Mapping) and all(isinstance(value, str | int | float) for value in sampling.values())
+        if not plain or not set(sampling) <= set(self.options) - {"prefix", "keep", "on_step"}:
+            raise ModelError(f"sampling must be options of {type(self).__name__} ({', '.join(self.options)}) with plain values, got {sampling!r:.200}")
+        return dict(sampling)
 
     def _check_guidance(self, options: dict[str, Any]) -> None:
         strength = options.get("guidance", 1.0)
@@ -210,10 +232,13 @@ class Generator(Part):
         Raises:
             ModelError: not the configuration of a generator of this class, or a part cannot be built.
         """
+        if isinstance(config, dict) and config.get("_class_name") == "Tokenizer1D":
+            raise ModelError("this is a tokenizer, which encodes and decodes; a generator for its tokens is needed (tok fit with GeneratorTask)")
         if not isinstance(config, dict) or "space" not in config:
             raise ModelError("this config.json does not describe a generator (it has no 'space')")
-        values = {name: _part(value) for name, value in config.items()}
+        values = {name: _part(value) for name, value in config.items() if name != "sampling"}
         model = build_part({**values, "space": TokenSpace.from_config(config["space"])}, Generator, PACKAGE)
+        model.sampling = model.check_sampling(config.get("sampling", {}))
         if not isinstance(model, cls):
             raise ModelError(f"this config.json describes a {type(model).__name__}, not a {cls.__name__}; use Generator.from_pretrained")
         return model
@@ -225,7 +250,7 @@ class Generator(Part):
             folder: made if missing.
             dtype: cast floating-point weights; they load back as float32.
         """
-        write_folder(folder, self.to_config(), plain_state(self, dtype))
+        write_folder(folder, self.to_config() | ({"sampling": self.sampling} if self.sampling else {}), plain_state(self, dtype))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Generator:

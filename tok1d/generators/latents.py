@@ -1,8 +1,9 @@
 """Tokens as numbers: what a flow makes, back to tokens or pictures, and the scale it works in.
 
 The latents of a continuous tokenizer (KL) are its tokens. Those of a discrete one are the codes of its ids
-(``Quantizer.ids_to_codes``; ``tok tokenize --what latents`` writes both), and what a flow makes of them is brought back to the
-nearest ids by ``Quantizer.codes_to_ids``.
+(``Quantizer.ids_to_codes``; ``tok tokenize --what latents``), and what a flow makes of them is brought back to the nearest ids by
+``Quantizer.codes_to_ids``. Or they are what its encoder makes (``--what encoder``), and the quantizer makes tokens of them as it
+does of a picture's: the choice for residual quantizers, whose later codes are what earlier ones missed, and close to noise.
 
 Shapes: B rows, n tokens, C channels.
 """
@@ -45,7 +46,7 @@ class Latents:
 
     @torch.no_grad()
     def tokens(self, tokenizer: Tokenizer1D) -> TokenSequence:
-        """The nearest tokens of a discrete tokenizer.
+        """The tokens of a discrete tokenizer: what its quantizer makes of latents from before it, or else the nearest to the codes.
 
         Raises:
             TokenError: it is continuous, or not the one these were made for.
@@ -53,11 +54,13 @@ class Latents:
         self.space.matches(tokenizer)
         if not tokenizer.is_discrete:
             raise TokenError(f"{tokenizer.name} has a continuous bottleneck and no token ids; ask for images()")
+        latents = self.data.to(tokenizer.device)
+        if self.space.before:
+            found = tokenizer.quantizer(latents)
+            return TokenSpace.of(tokenizer).sequence(found.ids if found.bits is None else found.bits)
         if tokenizer.quantizer.whole:
             raise TokenError(f"codes of {tokenizer.name} are sums over its tokens and have no ids one by one; ask for images()")
-        data = tokenizer.quantizer.codes_to_ids(self.data.to(tokenizer.device))
-        space = TokenSpace.of(tokenizer)
-        return space.sequence(data)
+        return TokenSpace.of(tokenizer).sequence(tokenizer.quantizer.codes_to_ids(latents))
 
     @torch.inference_mode()
     def images(self, tokenizer: Tokenizer1D, **options: Any) -> Tensor:
@@ -72,7 +75,9 @@ class Latents:
         """
         self.space.matches(tokenizer)
         codes = self.data.to(tokenizer.device)
-        if tokenizer.is_discrete and not tokenizer.quantizer.whole:
+        if self.space.before:
+            codes = tokenizer.quantizer(codes).q
+        elif tokenizer.is_discrete and not tokenizer.quantizer.whole:
             codes = tokenizer.quantizer.ids_to_codes(tokenizer.quantizer.codes_to_ids(codes))
         return tokenizer.decode_latents(codes, **options).float().clamp(0, 1)
 

@@ -32,6 +32,8 @@ class TokenSpace:
         vocab_size: number of ids; 0 unless the kind is ``ids``.
         bits: d, bits of one token; 0 for ids means ceil(log2(vocab_size)).
         channels: C; 0 unless the kind is ``latents``.
+        before: of latents: they are those of the encoder, before quantization, and their tokens what the quantizer makes of them;
+            else they are codes, what the decoder takes.
         nested: whether any prefix of a row decodes.
         lengths: every number of tokens that may be asked for; None: 1..tokens if nested, else tokens alone.
         tokenizer: name of the tokenizer, for messages.
@@ -48,6 +50,7 @@ class TokenSpace:
     vocab_size: int = 0
     bits: int = 0
     channels: int = 0
+    before: bool = False
     nested: bool = False
     lengths: tuple[int, ...] | None = None
     tokenizer: str = "tokenizer"
@@ -64,6 +67,8 @@ class TokenSpace:
             check_range("bits", self.bits, 1, 4096)
         if self.kind == "latents":
             check_range("channels", self.channels, 1, 65536)
+        if self.before and self.kind != "latents":
+            raise ModelError(f"before: latents come before or after quantization, {self.kind} after; leave it out")
         if self.lengths is not None:
             for n in self.lengths:
                 check_range("every entry of lengths", n, 1, self.tokens)
@@ -77,15 +82,20 @@ class TokenSpace:
 
         Args:
             tokenizer: any.
-            kind: ``latents`` to generate the codes of a discrete tokenizer as numbers; its own kind if None.
+            kind: ``latents`` to generate the codes of a discrete tokenizer as numbers, ``encoder`` to generate what its encoder
+                makes, before quantization; its own kind if None.
 
         Raises:
             TokenError: a kind this tokenizer does not have.
         """
         own = "latents" if not tokenizer.is_discrete else "ids" if tokenizer.vocab_size <= 2**62 else "bits"
-        kind = own if kind is None else kind
+        before = kind == "encoder" and tokenizer.is_discrete
+        kind = own if kind is None else "latents" if before else kind
         if kind not in (own, "latents"):
-            raise TokenError(f"{tokenizer.name} makes {own}, not {kind}; the kinds it has: {own}, latents")
+            further = ", latents, encoder" if tokenizer.is_discrete else ""
+            raise TokenError(f"{tokenizer.name} makes {own}, not {kind}; the kinds it has: {own}{further}")
+        if before and tokenizer.quantizer.whole:
+            raise TokenError(f"tokens of {tokenizer.name} each refine all latents, so no latent belongs to a token; take latents or {own}")
         most = tokenizer.max_tokens
         allowed = tokenizer.token_lengths
         return cls(
@@ -93,7 +103,8 @@ class TokenSpace:
             kind=kind,
             vocab_size=tokenizer.vocab_size if kind == "ids" else 0,
             bits=tokenizer.bits_per_token if kind == "bits" else 0,
-            channels=tokenizer.quantizer.code_dim if kind == "latents" else 0,
+            channels=0 if kind != "latents" else tokenizer.quantizer.dim if before else tokenizer.quantizer.code_dim,
+            before=before,
             nested=tokenizer.is_nested,
             lengths=None if allowed == (list(range(1, most + 1)) if tokenizer.is_nested else [most]) else tuple(allowed),
             tokenizer=tokenizer.name,
@@ -219,10 +230,11 @@ class TokenSpace:
         Raises:
             TokenError: its tokens have another form, or its weights are others.
         """
-        other = TokenSpace.of(tokenizer, "latents" if self.kind == "latents" else None)
+        kind = "encoder" if self.before and tokenizer.is_discrete else "latents" if self.kind == "latents" else None
+        other = TokenSpace.of(tokenizer, kind)
         if other.nested and self.tokens in other.allowed:  # made for its first tokens
             other = other.first(self.tokens)
-        for name in ("kind", "tokens", "vocab_size", "bits", "channels"):
+        for name in ("kind", "tokens", "vocab_size", "bits", "channels", "before"):
             if getattr(self, name) != getattr(other, name):
                 raise TokenError(
                     f"this generator makes tokens of {self.tokenizer} with {name} {getattr(self, name)}, {tokenizer.name} has "
