@@ -10,7 +10,9 @@ import torch
 from tests.data.files import encoded, folder, shard
 from tests.training import tiny
 from tok1d.data.module import DrawnData, PhotoData
-from tok1d.errors import ModelError
+from tok1d.errors import ModelError, UsageError
+from tok1d.training.card import training_lines
+from tok1d.training.export import load_run
 from tok1d.training.tasks import ReconstructionTask
 
 SEEN = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
@@ -108,6 +110,30 @@ def test_the_last_step_is_saved_and_can_be_continued(tmp_path, every):
     equal(whole, more)
     seen = [c["callbacks"]["Throughput"]["images"] for c in (more.checkpoint(), whole.checkpoint())]
     assert seen == [32, 32], "images of the interrupted run are counted once"
+
+
+def test_a_loss_that_starts_late(tmp_path):
+    """Until then the run is that without the loss, to the bit; steps are the optimizer's; a resumed run knows where it is."""
+
+    def run(place: str, weights: dict[str, float], starts: dict[str, int] | None, resume: Path | None = None, **more) -> tiny.Done:
+        task = ReconstructionTask(tiny.fsq(), weights=weights, lr=1e-2, warmup_steps=1, starts=starts)
+        return tiny.Setup(tmp_path / place, task, steps=5, options={"accumulate_grad_batches": 2}, **more).run(resume)
+
+    both = {"l1": 1.0, "l2": 3.0}
+    without, late = run("without", {"l1": 1.0}, None), run("late", both, {"l2": 3})
+    assert late.record.losses[:6] == without.record.losses[:6], "6 batches are 3 steps"
+    assert late.record.losses[6] > 1.2 * without.record.losses[6], "the same weights, and a loss more"
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("cut", both, {"l2": 3}, crash_at=5)
+    again = run("cut", both, {"l2": 3}, tmp_path / "cut/last.ckpt")
+    assert again.record.losses == late.record.losses[4:]
+    equal(late, again)
+    assert late.checkpoint()["run_settings"]["starts"] == {"l2": 3}
+    card = "\n".join(training_lines(load_run(late.last)))
+    assert "| Losses | 1 l1 + 3 l2 (from step 3) |" in card
+    for starts in ({"l2": -1}, {"lpips_vgg": 3}):
+        with pytest.raises(UsageError, match=r"starts: steps, 0 or more, of losses that have a weight \(l1, l2\); got "):
+            run("none", both, starts)
 
 
 def test_another_model_cannot_be_continued(tmp_path):

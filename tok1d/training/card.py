@@ -114,7 +114,7 @@ def training_lines(run: Any) -> list[str]:
         "Training images": f"{data['images']:,}, crops of {data['size']} × {data['size']}" if data.get("images") else "",
         "Time": _duration(run.seconds),
         "Hardware": s.get("hardware", ""),
-        "Losses": " + ".join(f"{w:g} {name}" for name, w in s.get("weights", {}).items()),
+        "Losses": " + ".join(f"{w:g} {name}" + _start(name, s) for name, w in s.get("weights", {}).items()),
         "Optimizer": f"AdamW, learning rate {s['lr']:g}, {s['warmup_steps']} warm-up steps, cosine to {s['final_lr']:g} of it, "
         f"weight decay {s['weight_decay']:g}{clip}" if "lr" in s else "",
         "Window": f"the decoder was trained on squares of {s['window']} pixels" if s.get("window") else "",
@@ -122,6 +122,11 @@ def training_lines(run: Any) -> list[str]:
         "Seed": str(s.get("seed", "")),
     }  # fmt: skip
     return ["## Training", "", *table({k: v for k, v in rows.items() if v})]
+
+
+def _start(name: str, settings: dict[str, Any]) -> str:
+    step = settings.get("starts", {}).get(name, 0)
+    return f" (from step {step:,})" if step else ""
 
 
 def _score_lines(scores: dict[str, Any]) -> list[str]:

@@ -56,7 +56,7 @@ class AdversarialTask(ReconstructionTask):
         if self.adversary.active:
             self._played = target, images.detach()
             if self.adaptive:
-                pictures = sum(self.weights[name] * value for name, value in found.items())
+                pictures = sum(self.weight_of(name) * value for name, value in found.items())
                 factor = adaptive_weight(pictures, gan, self.tokenizer.decoder.last_layer)
                 self.log("train/adaptive_weight", factor)
                 gan = gan * factor

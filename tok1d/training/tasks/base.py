@@ -36,6 +36,7 @@ class TokenizerTask(TrainingTask):
         val_tokens: token counts validated for nested tokenizers; powers of two if None.
         val_steps: sampling steps of the pictures of a validation (decoders that take ``steps``).
         seed: of token counts, windows and sampled latents.
+        starts: optimizer steps before a loss counts, by log name, such as ``{gan: 20000}``; 0 for those that are not named.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class TokenizerTask(TrainingTask):
         compile: list[str] | None = None,
         compile_backend: str = "inductor",
         seed: int = 0,
+        starts: dict[str, int] | None = None,
     ) -> None:
-        super().__init__(lr, warmup_steps, final_lr, betas, weight_decay, compile, compile_backend, seed)
+        super().__init__(lr, warmup_steps, final_lr, betas, weight_decay, compile, compile_backend, seed, starts)
         self.tokenizer = tokenizer.requires_grad_(True)
         for module in tokenizer.modules():
             if getattr(module, "frozen", False):
@@ -183,6 +185,9 @@ class TokenizerTask(TrainingTask):
                 raise UsageError(f"val_tokens: {tokenizer.name} has no {k} tokens, only {_span(tokenizer.token_lengths)}")
         for name in self.losses.keys() - self.weights.keys():
             raise UsageError(f"losses: {name} has no weight; give it one in weights, or leave it out")
+        for name, step in self.starts.items():
+            if name not in self.weights or step < 0:
+                raise UsageError(f"starts: steps, 0 or more, of losses that have a weight ({', '.join(self.weights)}); got {name}: {step}")
         self._check_compiled()
 
     def _check_weights(self) -> None:

@@ -30,8 +30,8 @@ class FlowTask(TokenizerTask):
         tokenizer: with a :class:`tok1d.tokenizers.decoders.flow.RectifiedFlowDecoder`; its tokens should be dropped from the end.
         vae: weights of the frozen VAE, in diffusers' layout (AutoencoderKL): a folder, a file, or an id on the hub. None keeps
             those of ``init_from``, and is right without a VAE (``vae_channels: null``).
-        init_from, lr, warmup_steps, final_lr, betas, weight_decay, val_tokens, val_steps, compile, compile_backend, seed: see
-            :class:`tok1d.training.tasks.base.TokenizerTask`.
+        init_from, lr, warmup_steps, final_lr, betas, weight_decay, val_tokens, val_steps, compile, compile_backend, seed,
+            starts: see :class:`tok1d.training.tasks.base.TokenizerTask`.
         losses: further losses of latents by log name, such as :class:`tok1d.training.losses.alignment.FeatureAlignment` on the
             decoder's second block.
         weights: as there; ``flow`` is 1 unless given.
@@ -56,12 +56,13 @@ class FlowTask(TokenizerTask):
         compile: list[str] | None = None,
         compile_backend: str = "inductor",
         seed: int = 0,
+        starts: dict[str, int] | None = None,
     ) -> None:
         if not isinstance(tokenizer.decoder, RectifiedFlowDecoder):
             raise UsageError(f"FlowTask trains a RectifiedFlowDecoder, got {type(tokenizer.decoder).__name__}; take ReconstructionTask for pixels")
         super().__init__(
             tokenizer, init_from, losses, weights, lr, warmup_steps, final_lr, betas, weight_decay, val_tokens, val_steps,
-            compile, compile_backend, seed,
+            compile, compile_backend, seed, starts,
         )  # fmt: skip
         if vae:
             load_vae(tokenizer, vae)

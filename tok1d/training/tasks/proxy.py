@@ -36,8 +36,8 @@ class ProxyCodeTask(TokenizerTask):
         tokenizer: with a :class:`tok1d.tokenizers.official.titok_legacy.ProxyCodeDecoder` without pixel decoder.
         teacher: the frozen tokenizer: whatever ``tok1d.load`` takes. Its codes are read from the batch (``codes``) where the data
             has them cached, else made of the images in every step.
-        init_from, losses, lr, warmup_steps, final_lr, betas, weight_decay, val_tokens, compile, compile_backend, seed: see
-            :class:`tok1d.training.tasks.base.TokenizerTask`; ``losses`` are those of latents.
+        init_from, losses, lr, warmup_steps, final_lr, betas, weight_decay, val_tokens, compile, compile_backend, seed,
+            starts: see :class:`tok1d.training.tasks.base.TokenizerTask`; ``losses`` are those of latents.
         weights: as there; ``cross_entropy`` is 1 unless given.
 
     A validation says ``psnr`` of the pictures that the teacher paints of the likeliest codes, ``cross_entropy`` and ``accuracy``.
@@ -59,6 +59,7 @@ class ProxyCodeTask(TokenizerTask):
         compile: list[str] | None = None,
         compile_backend: str = "inductor",
         seed: int = 0,
+        starts: dict[str, int] | None = None,
     ) -> None:
         decoder = tokenizer.decoder
         if not isinstance(decoder, ProxyCodeDecoder) or decoder.pixels is not None:
@@ -68,7 +69,7 @@ class ProxyCodeTask(TokenizerTask):
             )
         super().__init__(
             tokenizer, init_from, losses, {"cross_entropy": 1.0, **(weights or {})}, lr, warmup_steps, final_lr, betas,
-            weight_decay, val_tokens, 1, compile, compile_backend, seed,
+            weight_decay, val_tokens, 1, compile, compile_backend, seed, starts,
         )  # fmt: skip
         self.frozen = Frozen(teacher=_teacher(teacher, decoder))
 

@@ -23,7 +23,7 @@ class ReconstructionTask(TokenizerTask):
 
     Args:
         tokenizer, init_from, losses, lr, warmup_steps, final_lr, betas, weight_decay, val_tokens, val_steps, compile,
-            compile_backend, seed: see :class:`tok1d.training.tasks.base.TokenizerTask`.
+            compile_backend, seed, starts: see :class:`tok1d.training.tasks.base.TokenizerTask`.
         weights: weight of each loss by log name: ``l1``, ``l2``, ``smooth_l1``, ``log_l2``, ``lpips_vgg``, ``lpips_alex``, those in
             ``losses``, and whatever the quantizer returns (``commitment``, ``codebook``, ``kl`` …) or the decoder (``flow``), which
             have the ``loss_weights`` of these parts unless given here. What is missing or 0 is not computed. A decoder with
@@ -48,11 +48,12 @@ class ReconstructionTask(TokenizerTask):
         compile: list[str] | None = None,
         compile_backend: str = "inductor",
         seed: int = 0,
+        starts: dict[str, int] | None = None,
     ) -> None:
         given = ({} if tokenizer.decoder.objective == "own" else {"l1": 1.0}) if weights is None else weights
         super().__init__(
             tokenizer, init_from, losses, given, lr, warmup_steps, final_lr, betas, weight_decay, val_tokens, val_steps,
-            compile, compile_backend, seed,
+            compile, compile_backend, seed, starts,
         )  # fmt: skip
         self.window = window
         self.perceptual = Frozen()

@@ -35,6 +35,8 @@ class TrainingTask(lightning.LightningModule):
         compile: names of submodules to compile, such as ``tokenizer.encoder``.
         compile_backend: of ``torch.compile``.
         seed: of every random choice of a step.
+        starts: optimizer steps before a loss counts, by log name; it is computed and logged from the first one. What is not named
+            counts from there.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class TrainingTask(lightning.LightningModule):
         compile: list[str] | None,
         compile_backend: str,
         seed: int,
+        starts: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.lr, self.warmup_steps, self.final_lr = lr, warmup_steps, final_lr
         self.betas, self.weight_decay, self.seed = betas, weight_decay, seed
         self.compiled, self.compile_backend = list(compile or []), compile_backend
         self.weights: dict[str, float] = {}
+        self.starts = dict(starts or {})
         self.watch = Watch()
         self._scores: dict[str, list[float]] = {}
 
@@ -75,6 +79,10 @@ class TrainingTask(lightning.LightningModule):
         torch.manual_seed(int(state[0]))
         return torch.Generator().manual_seed(int(state[1]))
 
+    def weight_of(self, name: str) -> float:
+        """The weight of a loss in this step: 0 before its start, so that all of its parameters have a gradient on all ranks."""
+        return self.weights[name] if self.global_step >= self.starts.get(name, 0) else 0.0
+
     def weighted(self, keys: list[str], parts: dict[str, Tensor], stats: dict[str, Tensor]) -> Tensor:
         """The sum of a batch's losses that is learned from; all of them are logged.
 
@@ -89,7 +97,7 @@ class TrainingTask(lightning.LightningModule):
         unknown = set(self.weights) - set(parts)
         if unknown:
             raise ModelError(f"weights name losses that do not exist here: {sorted(unknown)}; there are {sorted(parts)}")
-        loss = sum(weight * parts[name] for name, weight in self.weights.items())
+        loss = sum(self.weight_of(name) * parts[name] for name in self.weights)
         self.watch.note(self.batch_number, keys, loss, parts)
         self.log_dict({f"train/{k}": v.detach() for k, v in {**parts, **stats}.items()})
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -172,7 +180,7 @@ class TrainingTask(lightning.LightningModule):
         """What a model card says of the training, plain data."""
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         return {
-            "task": type(self).__name__, "weights": self.weights, "lr": self.lr, "warmup_steps": self.warmup_steps,
+            "task": type(self).__name__, "weights": self.weights, "starts": self.starts, "lr": self.lr, "warmup_steps": self.warmup_steps,
             "final_lr": self.final_lr, "betas": list(self.betas), "weight_decay": self.weight_decay, "seed": self.seed,
             "max_steps": trainer.max_steps, "precision": str(trainer.precision), "gradient_clip_val": trainer.gradient_clip_val,
             "hardware": _hardware(self.device), "accumulate_grad_batches": trainer.accumulate_grad_batches,
