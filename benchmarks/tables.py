@@ -1,7 +1,7 @@
-"""Write the tables of docs/results.md from benchmarks/results/*.json, so that text and numbers never drift apart.
+"""Write the tables of docs/results.md and docs/training.md from benchmarks/results/*.json, so that text and numbers never drift apart.
 
     python -m benchmarks.tables            # rewrites what stands between <!-- table NAME --> and <!-- end -->
-    python -m benchmarks.tables --check    # exit code 1 if that would change the document
+    python -m benchmarks.tables --check    # exit code 1 if that would change a document
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.plots import NAMES
 from benchmarks.record import RESULTS, ROOT, load
 
-DOCUMENT = ROOT / "docs" / "results.md"
+DOCUMENTS = [ROOT / "docs" / "results.md", ROOT / "docs" / "training.md"]
 COMMANDS = {
     "default_scores": "default_scores default DATA…",
     "linear_line": "linear_line --train DATA… --data DATA…",
@@ -23,6 +23,7 @@ COMMANDS = {
     "codebook_usage": "codebook_usage default DATA…",
     "startup": "startup",
     "folder_throughput": "folder_throughput",
+    "training_speed_cpu": "training_speed DATA… --sizes S,B --batch 4 --steps 6",
 }
 Result = dict[str, Any]
 Results = dict[str, Result | None]
@@ -31,16 +32,19 @@ Results = dict[str, Result | None]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
-    parser.add_argument("--check", action="store_true", help="change nothing, say whether the document is up to date")
+    parser.add_argument("--document", type=Path, nargs="+", default=DOCUMENTS)
+    parser.add_argument("--check", action="store_true", help="change nothing, say whether the documents are up to date")
     args = parser.parse_args(argv)
-    old = args.document.read_text(encoding="utf-8")
-    new = fill(old, {name: load(name, args.results) for name in COMMANDS})
-    if args.check:
-        print(f"{args.document.name} is {'up to date' if old == new else 'out of date: run python -m benchmarks.tables'}")
-        return int(old != new)
-    args.document.write_text(new, encoding="utf-8")
-    return 0
+    results, stale = {name: load(name, args.results) for name in COMMANDS}, 0
+    for path in args.document:
+        old = path.read_text(encoding="utf-8")
+        new = fill(old, results)
+        if args.check:
+            print(f"{path.name} is {'up to date' if old == new else 'out of date: run python -m benchmarks.tables'}")
+            stale |= old != new
+        else:
+            path.write_text(new, encoding="utf-8")
+    return int(stale)
 
 
 def fill(text: str, results: Results) -> str:
@@ -174,6 +178,23 @@ def folder(results: Results) -> str:
     return f"{own['protocol']}.\n\n{table(['', 'seconds', 'images/s', 'peak memory, MiB'], rows)}"
 
 
+def training_speed(results: Results) -> str:
+    """Steps of training, and what feeds and bounds them."""
+    own = results["training_speed_cpu"]
+    if own is None:
+        return missing("training_speed_cpu")
+    head = ["", "parameters", "batch", "training, images/s", "loader alone, images/s", "products an image, GFLOP", "of the machine's products"]
+    rows = [
+        [
+            f"TiTok-{r['size']}", f"{r['parameters'] / 1e6:.0f} M", str(r["batch"]), f"{r['images_per_second']:.2f}",
+            f"{r['loader_images_per_second']:.0f}", f"{r['gflop_an_image']:.0f}", f"{r['share_of_products']:.0%} of {r['product_gflops']:.0f} GFLOP/s",
+        ]
+        for r in own["rows"]
+    ]  # fmt: skip
+    m = own["machine"]
+    return f"{m['cpu']}, {m['threads']} threads of {m['cores']} cores, float32, torch {m['torch']}, {own['date'][:10]}:\n\n{table(head, rows)}"
+
+
 def provenance(results: Results) -> str:
     """Where and when each result was measured."""
     rows = []
@@ -192,6 +213,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "codebook": codebook,
     "startup": startup,
     "folder": folder,
+    "training-speed": training_speed,
     "provenance": provenance,
 }
 

@@ -5,7 +5,7 @@
 
 A step is a whole one of ``tok fit``: crops of photos, forward, L2 (and ``--lpips``), backward, clipping, AdamW, averaged weights. Products are
 counted by torch's FLOP counter over one such step; the rate they are compared with is that of a large square product in the same
-precision, measured in the same run. Results: benchmarks/results/training_speed.json.
+precision, measured in the same run. Results: benchmarks/results/training_speed_ACCELERATOR.json.
 """
 
 from __future__ import annotations
