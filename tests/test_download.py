@@ -200,6 +200,29 @@ def test_a_yes_and_the_notice_once(online, fresh, listed, monkeypatch):
     assert found.name == "flextok-d12-d12" and found.preset.research_only and not found.ours
 
 
+def test_a_training_starts_from_research_weights_after_a_yes_in_the_environment(online, fresh, tmp_path, monkeypatch):
+    """There is no argument for it, and the message names none."""
+    pytest.importorskip("lightning", reason="training needs lightning (tok1d[train])")
+    from tok1d.training.tasks import FlowTask, HaltingTask
+
+    publish("flextok", tmp_path / "p", config={"scaling_factor": 0.6, "max_timestep": 1.0})
+    online.files["EPFL-VILAB/flextok_d12_d12_in1k"] = contents(tmp_path / "p")
+    with pytest.warns(LicenceNotice, match="if these weights come from the published ones"):
+        there = tok1d.load(tmp_path / "p")
+    here = type(there).from_config(there.to_config())
+    said = r"cannot be loaded: flextok-d12-d12: .*research only \(apple-amlr.*accept its terms: the environment variable TOK1D_ACCEPT_LICENSE=flextok-d12-d12$"
+    with pytest.raises(ModelError, match=f"^init_from flextok-d12-d12: {said}"):
+        FlowTask(here, init_from="flextok-d12-d12")
+    with pytest.raises(ModelError, match=f"^tokenizer flextok-d12-d12: {said}"):
+        HaltingTask("flextok-d12-d12")
+    assert not online.log
+    monkeypatch.setenv(licences.VARIABLE, "flextok-d12-d12")
+    licences._announced.clear()
+    with pytest.warns(LicenceNotice, match="^flextok-d12-d12: "):
+        task = FlowTask(here, init_from="flextok-d12-d12")
+    assert all(v.equal(there.state_dict()[k]) for k, v in task.tokenizer.state_dict().items())
+
+
 def test_only_the_tokenizer_of_instella_is_fetched(online, fresh):
     files = {"config.json": b"{}", "diffusion.pt": b"?", "ar.pt": b"?", "bae/model.safetensors": b"?" * 50}
     online.files["amd/Instella-T2I"] = files

@@ -1,8 +1,9 @@
 """Weights for research only: they are fetched after their licence was accepted, and say so once when they are used.
 
 Acceptance is an argument (``accept_license=True``, ``--accept-license``) or the environment variable TOK1D_ACCEPT_LICENSE,
-which lists names of the table, hub ids or licences, separated by commas. Files that lie on the disk already are loaded with
-the notice only: whoever put them there had to accept the licence where they came from.
+which lists names of the table, hub ids or licences, separated by commas; trainings know the variable only, so that no
+configuration accepts for its next reader. Files that lie on the disk already are loaded with the notice only: whoever put
+them there had to accept the licence where they came from.
 """
 
 from __future__ import annotations
@@ -21,20 +22,30 @@ class LicenceNotice(UserWarning):
     """Terms of weights that are being used."""
 
 
+class LicenceError(ModelError):
+    """A licence that was not accepted.
+
+    Args:
+        preset: whose.
+        how: ways to accept it beside the environment variable.
+    """
+
+    def __init__(self, preset: Preset, how: str = "--accept-license, in Python accept_license=True, or ") -> None:
+        self.preset = preset
+        super().__init__(f"{notice(preset)} If you accept its terms: {how}the environment variable {VARIABLE}={preset.name}")
+
+
 def require_acceptance(preset: Preset, accepted: bool) -> None:
     """Nothing for free weights; else the licence must have been accepted.
 
     Raises:
-        ModelError: it was not.
+        LicenceError: it was not.
     """
     if not preset.research_only:
         return
     listed = {word.strip().lower() for word in os.environ.get(VARIABLE, "").split(",")}
     if not accepted and not listed & {preset.name.lower(), preset.hub_id.lower(), preset.licence.lower()}:
-        raise ModelError(
-            f"{notice(preset)} If you accept its terms: --accept-license, in Python accept_license=True, or the "
-            f"environment variable {VARIABLE}={preset.name}"
-        )
+        raise LicenceError(preset)
     announce(preset, stacklevel=5)  # whoever called load()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tok1d import hub
 from tok1d.errors import ModelError, TokError
+from tok1d.licences import LicenceError
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,8 @@ def start_from(tokenizer: Tokenizer1D, source: str) -> None:
 
     Args:
         tokenizer: what will be trained.
-        source: whatever :func:`tok1d.load` takes: a shipped name, a model folder, an id on the hub, published weights.
+        source: whatever :func:`tok1d.load` takes: a shipped name, a model folder, an id on the hub, published weights. A licence is
+            accepted by the environment variable TOK1D_ACCEPT_LICENSE, so that no configuration accepts it for its next reader.
 
     Raises:
         ModelError: the source cannot be loaded, or its parts are others than those of ``tokenizer``.
@@ -27,10 +29,11 @@ def start_from(tokenizer: Tokenizer1D, source: str) -> None:
 
 
 def load_named(argument: str, source: str) -> Tokenizer1D:
-    """``tok1d.load``; an error says which argument named the source."""
+    """``tok1d.load``; an error says which argument named the source, and what can be done about it in a training."""
     try:
         return hub.load(source)
     except TokError as error:
+        error = LicenceError(error.preset, how="") if isinstance(error, LicenceError) else error
         raise ModelError(f"{argument} {source}: cannot be loaded: {error}") from error
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tok1d import hub
 from tok1d.errors import UsageError
 from tok1d.tokenizers.halting import CurveHead, HaltingHead, check_head
 from tok1d.tokenizers.lengths import TailDrop
@@ -21,6 +20,7 @@ from tok1d.tokenizers.quantizers.common import rank_rows
 from tok1d.tokenizers.tokenizer import Tokenizer1D
 from tok1d.training.frozen import Frozen
 from tok1d.training.ranks import gather
+from tok1d.training.start import load_named
 from tok1d.training.tasks.base import TokenizerTask, unit_batch
 
 KEPT = ("data", "lengths", "errors")  # of the memory
@@ -60,7 +60,7 @@ class HaltingTask(TokenizerTask):
         val_steps: int = 4,
         seed: int = 0,
     ) -> None:
-        model = hub.load(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        model = load_named("tokenizer", tokenizer) if isinstance(tokenizer, str) else tokenizer
         if keep and model.halting is None:
             raise UsageError(f"keep: {model.name} has no halting head; leave keep out to make one")
         if not keep:
