@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "tok1d.hub",
     "list_models": "tok1d.hub",
+    "load_generator": "tok1d.generators.images",
     "TokenSequence": "tok1d.tokens",
     "Geometry": "tok1d.tokens",
     "Tokenizer1D": "tok1d.tokenizers.tokenizer",
@@ -23,6 +24,7 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from tok1d.errors import TokError
+    from tok1d.generators.images import load_generator
     from tok1d.hub import list_models, load
     from tok1d.image_io import read, write
     from tok1d.tokenizers.budget import Budget

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tok1d import licences
 from tok1d.errors import ModelError, UsageError
-from tok1d.presets import PRESETS, Preset
+from tok1d.presets import PRESETS, Placed, Preset
 from tok1d.sources import CONFIG, OUR_FILES, OUR_WEIGHTS, SUFFIXES, HubName, hub_name, is_ours, weights_in
 
 if TYPE_CHECKING:
@@ -35,13 +36,13 @@ class Found:
         path: folder of ours, folder of published files, or one weights file.
         name: what it is called.
         ours: whether it is a folder of ours.
-        preset: its row in the table, if it came by one.
+        preset: its row in the table that was asked, if it came by one: a :class:`tok1d.presets.Preset` or another row with a place.
     """
 
     path: Path
     name: str
     ours: bool
-    preset: Preset | None = None
+    preset: Any = None
 
 
 def load(
@@ -144,6 +145,7 @@ def find(
     accept_license: bool = False,
     progress: bool = True,
     cached: bool = False,
+    table: Sequence[Placed] | None = None,
 ) -> Found:
     """Where a model is on this machine, downloaded first if need be; imports no torch.
 
@@ -151,12 +153,13 @@ def find(
         source, revision, accept_license: as :func:`load`.
         progress: whether downloads show bars on a terminal.
         cached: fetch nothing, and ask for no licence: only what is on this machine already.
+        table: rows that have names, as :data:`tok1d.generators.presets.GENERATORS`; those of tokenizers if None.
 
     Raises:
         ModelError: as :func:`load`.
     """
-    text = str(source)
-    preset = next((p for p in PRESETS if p.name == text), None)
+    text, table = str(source), PRESETS if table is None else table
+    preset = next((p for p in table if p.name == text), None)
     if preset is not None and preset.where == "package":
         folder = _checked(_shipped(text), text)
         return Found(folder, text, True, preset)
@@ -169,25 +172,25 @@ def find(
         return Found(path, _file_name(path), False)
     hub = hub_name(preset.hub_id if preset is not None else text)
     if isinstance(source, Path) or hub is None:
-        raise ModelError(_unknown(text))
+        raise ModelError(_unknown(text, table))
     if hub.revision and revision and hub.revision != revision:
         raise UsageError(f"{text} names revision {hub.revision}, and revision={revision} was given: choose one")
-    preset, hub = preset_of(hub) if preset is None else (preset, hub)
+    preset, hub = preset_of(hub, table) if preset is None else (preset, hub)
     hub = replace(hub, revision=revision or hub.revision)
     # A file beside those of the table is no less under the licence of its repository.
-    terms = preset or next((p for p in PRESETS if p.repository == hub.repo), None)
+    terms = preset or next((p for p in (*table, *PRESETS) if p.repository == hub.repo), None)
     if terms is not None and not cached:
         licences.require_acceptance(terms, accept_license)
     return _fetched(hub, preset, progress, cached)
 
 
-def preset_of(hub: HubName) -> tuple[Preset | None, HubName]:
+def preset_of(hub: HubName, table: Sequence[Placed]) -> tuple[Placed | None, HubName]:
     """The row of a hub id and the file it means: a repository the table knows by one file stands for that file.
 
     Raises:
         ModelError: the repository has several models in the table.
     """
-    entries = {where.removeprefix("hub:"): p for p in PRESETS for where in (p.where, *p.also) if where.startswith("hub:")}
+    entries = {where.removeprefix("hub:"): p for p in table for where in (p.where, *p.also) if where.startswith("hub:")}
     if str(hub) in entries:
         return entries[str(hub)], hub
     files = [name for name in entries if name.startswith(f"{hub.repo}:")]
@@ -198,7 +201,7 @@ def preset_of(hub: HubName) -> tuple[Preset | None, HubName]:
     return entries[files[0]], replace(hub, file=files[0].partition(":")[2])
 
 
-def _fetched(hub: HubName, preset: Preset | None, progress: bool, cached: bool) -> Found:
+def _fetched(hub: HubName, preset: Placed | None, progress: bool, cached: bool) -> Found:
     from tok1d.download import fetch
 
     pinned = preset if preset is not None and preset.hub_id == str(hub) else None  # not its copies elsewhere
@@ -236,10 +239,17 @@ def _checked(folder: Path, name: str) -> Path:
     return folder
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, table: Sequence[Placed]) -> str:
     if Path(name).suffix in SUFFIXES:
         return f"{name}: no such file"
-    known = [p.name for p in PRESETS]
-    close = difflib.get_close_matches(re.sub(r"[\s_]+", "-", name.lower()), known, n=1, cutoff=0.5)
+    from tok1d.generators.presets import GENERATORS
+
+    tokenizers = table is PRESETS
+    if name in (p.name for p in (GENERATORS if tokenizers else PRESETS)):
+        if tokenizers:
+            return f"{name} is a generator, which makes tokens: tok generate {name}"
+        return f"{name} is a tokenizer, which encodes and decodes; a generator for its tokens is needed (tok generate --help names some)"
+    close = difflib.get_close_matches(re.sub(r"[\s_]+", "-", name.lower()), [p.name for p in table], n=1, cutoff=0.5)
     guess = f"; did you mean {close[0]!r}?" if close else "."
-    return f"no model, folder or file {name!r}{guess} Names: tok models. Else give a folder, a weights file, or a hub id owner/name"
+    what, names = ("model", "tok models") if tokenizers else ("generator", "tok generate --help")
+    return f"no {what}, folder or file {name!r}{guess} Names: {names}. Else give a folder, a weights file, or a hub id owner/name"

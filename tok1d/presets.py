@@ -7,8 +7,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class Placed:
+    """What a row of a table says by where its weights are; rows are found by :func:`tok1d.hub.find`.
+
+    Attributes:
+        name: what it is called.
+        where: ``package``, ``hub:owner/name``, or ``hub:owner/name:file``.
+        also: other places with the same weights.
+        licence, research_only, revision, sha256: as :class:`Preset`.
+    """
+
+    name: str
+    where: str
+    also: tuple[str, ...]
+    licence: str
+    research_only: bool
+    revision: str | None
+    sha256: str | None
+
+    @property
+    def hub_id(self) -> str:
+        """``owner/name`` or ``owner/name:file``; empty for shipped models."""
+        return self.where.removeprefix("hub:") if self.where.startswith("hub:") else ""
+
+    @property
+    def repository(self) -> str:
+        return self.hub_id.partition(":")[0]
+
+    @property
+    def url(self) -> str:
+        """Page of the weights with their licence; empty for shipped models."""
+        return f"https://huggingface.co/{self.repository}" if self.repository else ""
+
+
 @dataclass(frozen=True)
-class Preset:
+class Preset(Placed):
     """One model.
 
     Attributes:
@@ -59,20 +92,6 @@ class Preset:
     @property
     def bits_per_image(self) -> int:
         return self.tokens * self.bits_per_token
-
-    @property
-    def hub_id(self) -> str:
-        """``owner/name`` or ``owner/name:file``; empty for shipped models."""
-        return self.where.removeprefix("hub:") if self.where.startswith("hub:") else ""
-
-    @property
-    def repository(self) -> str:
-        return self.hub_id.partition(":")[0]
-
-    @property
-    def url(self) -> str:
-        """Page of the weights with their licence; empty for shipped models."""
-        return f"https://huggingface.co/{self.repository}" if self.repository else ""
 
 
 DEFAULT = Preset(

@@ -211,7 +211,7 @@ def test_the_tokenizer_must_be_the_one_it_was_trained_for(make, folder, fixed_mo
     assert make("--class", 0, tokenizer="nowhere").code == 1
     turned = make("--class", 0, which=fixed_model, tokenizer=None)
     assert turned.code == 1 and "is a tokenizer, which encodes and decodes" in turned.err
-    assert "no generator 'nowhere': give a folder" in make("--class", 0, which="nowhere").err
+    assert "no generator, folder or file 'nowhere'" in make("--class", 0, which="nowhere").err
     (tmp_path / "file").write_text("")
     assert tok("generate", folder, "-o", tmp_path / "file").code == 2
 

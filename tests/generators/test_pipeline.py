@@ -71,6 +71,18 @@ def test_seeds():
             seeds_of(wrong, 2)
 
 
+def test_a_saved_pipeline_samples_as_before(tmp_path):
+    made = model()
+    made.sampling = made.check_sampling({"guidance": 2.0, "schedule": "linear", "temperature": 0.7})
+    TokPipeline(make_model(), made).save_pretrained(tmp_path)
+    again = TokPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    seq = model().generate(1, label=2, tokens=8, seeds=3, guidance=2.0, schedule="linear", temperature=0.7)
+    assert torch.equal(again(class_labels=2, tokens=8, generator=3, output_type="tokens").tokens.ids, seq.ids)
+    plain = again(class_labels=2, tokens=8, generator=3, guidance_scale=1.0, output_type="tokens", options={"temperature": 1.0}).tokens
+    assert torch.equal(plain.ids, model().generate(1, label=2, tokens=8, seeds=3).ids)
+
+
 def test_callbacks_see_every_step(pipe):
     seen = []
     pipe(class_labels=0, num_images=2, tokens=4, generator=0, output_type="tokens", callback_on_step_end=lambda p, i, n, now: seen.append((p is pipe, i, n, now["tokens"].shape)))

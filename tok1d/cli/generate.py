@@ -18,19 +18,20 @@ examples:
   tok generate models/flowers --class daisy -n 16 -o samples/
   tok generate models/flowers --class all -n 4 --tokens 32 --guidance 3 --schedule linear -o grid/
   tok generate models/captions --prompt "a red bicycle" -n 8 --seed 100 -o bicycles/
+  tok generate titok-l-32-maskgit --class 207 -n 8     published, of ImageNet's classes by number; its tokenizer comes along
 """
 
 
 def add_parsers(verbs: Any) -> None:
-    parser = options.add_verb(verbs, "generate", run, "make images with a generator of tokens", EPILOG)
-    parser.add_argument("generator", metavar="MODEL", help="folder of tok export, published weights, or hub id owner/name")
+    parser = options.add_verb(verbs, "generate", run, "make images with a generator of tokens", EPILOG + _published())
+    parser.add_argument("generator", metavar="MODEL", help="name (below), folder of tok export, published weights, or hub id owner/name")
     parser.add_argument("--class", dest="labels", action="append", default=[], metavar="C", help="number, name, or all; may be repeated; -1: none in particular")
     parser.add_argument("--prompt", dest="texts", action="append", default=[], metavar="TEXT", help="what to show; may be repeated")
     parser.add_argument("-n", dest="count", type=options.positive_int, default=16, metavar="N", help="images of each class or prompt; default: 16")
     parser.add_argument("--seed", type=options.natural_int, default=0, metavar="S", help="of the first image, the others have the next ones; default: 0")
     parser.add_argument("-o", "--output", type=Path, default=Path("samples"), metavar="FOLDER", help="default: samples/")
     parser.add_argument("-f", "--force", action="store_true", help="make everything anew, whatever the folder holds")
-    how = parser.add_argument_group("sampling (each kind of generator has its own defaults, and refuses what it does not take)")
+    how = parser.add_argument_group("sampling (a generator has the defaults of its authors, or else of its kind, and refuses what it does not take)")
     how.add_argument("--tokens", type=options.positive_int, metavar="N", help="of each image; default: all")
     how.add_argument("--guidance", type=options.finite_float, metavar="G", help="strength; 1: none")
     how.add_argument("--schedule", metavar="NAME", help="of guidance: constant, linear, power_cosine(p), interval(low, high)")
@@ -44,6 +45,14 @@ def add_parsers(verbs: Any) -> None:
     group.add_argument("--decoder", type=assignment, action="append", default=[], metavar="NAME=VALUE", help="option of decoders that sample: steps, guidance, solver")
     options.add_model(parser, by_flag=False)
     options.add_json(parser)
+
+
+def _published() -> str:
+    from tok1d.generators.presets import GENERATORS, sampling_line
+
+    width = max(len(p.name) for p in GENERATORS)
+    lines = [f"  {p.name:<{width}}  {sampling_line(p)}" for p in GENERATORS]
+    return "\n".join(["\npublished generators, and how their authors sample:", *lines, ""])
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -68,7 +77,9 @@ def run(args: Namespace) -> int:
     from tok1d.generators.images import load_generator
     from tok1d.generators.samples import begin, finish, make, settings_of, sheet, store, wanted_of
 
-    generator = load_generator(args.generator, tokenizer=args.tokenizer, revision=args.revision, progress=not args.quiet)
+    generator = load_generator(
+        args.generator, tokenizer=args.tokenizer, revision=args.revision, accept_license=args.accept_license, progress=not args.quiet
+    )
     wanted = wanted_of(generator.condition, args.count, args.seed, [_label(c) for c in args.labels], args.texts)
     sampling = _sampling(args)
     for name in sampling:

@@ -5,7 +5,6 @@ Shapes: B rows, n tokens, C width of a latent, H × W pixels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from tok1d import hub
-from tok1d.errors import ModelError, TokenError
+from tok1d.errors import TokenError
 from tok1d.generators.generator import Generator
 from tok1d.generators.latents import Latents
 from tok1d.tokens import TokenSequence
@@ -22,41 +21,37 @@ if TYPE_CHECKING:
     from tok1d.tokenizers.tokenizer import Tokenizer1D
 
 
-def load_generator(source: str | Path, *, tokenizer: str | None = None, revision: str | None = None, progress: bool = True) -> Generator:
-    """A generator in eval mode, on the CPU.
+def load_generator(
+    source: str | Path, *, tokenizer: str | None = None, revision: str | None = None, accept_license: bool = False, progress: bool = True
+) -> Generator:
+    """Load a generator, in eval mode, on the CPU; its tokenizer is ``tok1d.load(generator.space.tokenizer)``.
 
     Args:
-        source: folder of ``tok export``, hub id of one, published weights (folder, file or hub id), or a name of
-            :data:`tok1d.generators.presets.GENERATORS`.
-        tokenizer: name of the tokenizer of published weights, which do not say it.
-        revision: of a hub id.
+        source: a name of :data:`tok1d.generators.presets.GENERATORS`; a folder of ``tok export``; published weights of a known family,
+            as a folder or as one file (``.safetensors``, or a pickle of tensors); or a hub id of either, ``owner/name``,
+            ``owner/name@revision``, ``owner/name:file``.
+        tokenizer: name of the tokenizer of published weights that no row of the table knows.
+        revision: branch, tag or commit, for hub ids and published names only.
+        accept_license: needed to fetch weights that are licensed for research only.
         progress: whether downloads show bars on a terminal.
 
+    Returns:
+        The generator; what its authors sample with is in its ``sampling``, if a row says so or the folder does.
+
     Raises:
-        ModelError: nothing of that name, damaged, or a tokenizer rather than a generator.
+        ModelError: unknown name, unusable files, another family, a hub that cannot be reached, or a tokenizer instead of a generator.
     """
     from tok1d.generators.official import load_published
     from tok1d.generators.presets import GENERATORS
 
-    preset = next((p for p in GENERATORS if p.name == str(source)), None)
-    if preset is None and not isinstance(source, Path) and not Path(source).exists() and hub.hub_name(source) is None:
-        names = ", ".join(p.name for p in GENERATORS)
-        raise ModelError(f"no generator {source!r}: give a folder of tok export, published weights, a hub id owner/name, or one of {names}")
-    found = hub.find(preset.where.removeprefix("hub:") if preset else source, revision=revision, progress=progress)
-    if not found.ours:
-        named = tokenizer or (preset.tokenizer if preset else "tokenizer")
-        return load_published(found.path, tokenizer=named, layout=preset.layout if preset else None)[1].eval()
-    if _config(found.path).get("_class_name") == "Tokenizer1D":
-        raise ModelError(f"{source} is a tokenizer, which encodes and decodes; a generator for its tokens is needed (tok fit with GeneratorTask)")
-    return Generator.from_pretrained(found.path)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = hub.find(source, revision=revision, accept_license=accept_license, progress=progress, table=GENERATORS)
+    if found.ours:
+        return Generator.from_pretrained(found.path)
+    row = found.preset
+    known = {"tokenizer": row.tokenizer, "layout": row.layout} if row else {"tokenizer": tokenizer or "tokenizer"}
+    model = load_published(found.path, **known)[1].eval().requires_grad_(False)
+    model.sampling = model.check_sampling(row.sampling) if row else {}
+    return model
 
 
 def paint(tokenizer: Tokenizer1D, made: TokenSequence | Latents, *, seeds: Sequence[int] | None = None, **options: Any) -> Tensor:

@@ -7,25 +7,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tok1d.errors import ModelError
+from tok1d.presets import Placed
 
 
 @dataclass(frozen=True)
-class GeneratorPreset:
+class GeneratorPreset(Placed):
     """One generator.
 
     Attributes:
-        name: what it is called.
-        where: ``hub:owner/name`` or ``hub:owner/name:file``.
+        name: what ``tok generate`` and :func:`tok1d.load_generator` take.
+        where: ``package`` (its weights ship inside tok1d), ``hub:owner/name`` or ``hub:owner/name:file``.
         layout: family of published weights (:mod:`tok1d.generators.official`).
         tokenizer: whose tokens it makes, a name of :mod:`tok1d.presets`.
         tokens: of a row.
         vocab_size: number of ids.
         parameters: numbers in the published tensors.
         sizes: arguments of the family's configuration builder.
-        sampling: what its authors sample with, options of ``generate``.
+        sampling: what its authors sample with, options of ``generate``; used where a caller gives none.
         printed: scores that the authors print (not measured by us; ImageNet 256 × 256, 50,000 samples), by name.
-        licence: of the weights.
+        licence, research_only: of the weights.
         also: other places with the same weights.
+        revision: of the hub repository, None for its newest.
+        sha256: of the weights file, hexadecimal; None where nobody has recorded it.
         paper, code: addresses.
     """
 
@@ -40,7 +43,10 @@ class GeneratorPreset:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     printed: Mapping[str, float] = field(default_factory=dict)
     licence: str = "Apache-2.0"
+    research_only: bool = False
     also: tuple[str, ...] = ()
+    revision: str | None = None
+    sha256: str | None = None
     paper: str = ""
     code: str = ""
 
@@ -52,7 +58,7 @@ def _titok(
     size: str, tokenizer: str, layout: str, tokens: int, parameters: int, gfid: float, steps: int, temperature: float, guidance: float, schedule: str
 ) -> GeneratorPreset:  # fmt: skip
     return GeneratorPreset(
-        f"maskgit-{tokenizer}", f"hub:yucornetto/generator_titok_{size}_imagenet", layout, tokenizer, tokens, 4096, parameters,
+        f"{tokenizer}-maskgit", f"hub:yucornetto/generator_titok_{size}_imagenet", layout, tokenizer, tokens, 4096, parameters,
         sampling={"steps": steps, "temperature": temperature, "guidance": guidance, "schedule": schedule, "annealing": True},
         printed={"gFID": gfid}, also=(f"hub:fun-research/TiTok:generator_titok_{size}.bin",), paper="https://arxiv.org/abs/2406.07550", code=CODE,
     )  # fmt: skip
@@ -60,7 +66,7 @@ def _titok(
 
 def _one_d_piece(size: str, gfid: float, temperature: float, guidance: float) -> GeneratorPreset:
     return GeneratorPreset(
-        f"maskgit-one-d-piece-{size.lower()}-256", f"hub:turing-motors/MaskGIT_One-D-Piece-{size}-256", "maskgit-bert",
+        f"one-d-piece-{size.lower()}-256-maskgit", f"hub:turing-motors/MaskGIT_One-D-Piece-{size}-256", "maskgit-bert",
         f"one-d-piece-{size.lower()}-256", 256, 4096, 177_374_464, printed={"gFID": gfid},
         sampling={"steps": 16, "temperature": temperature, "guidance": guidance, "schedule": "power_cosine(3)"},
         paper="https://arxiv.org/abs/2501.10064", code="https://github.com/turingmotors/One-D-Piece",
@@ -91,6 +97,21 @@ GENERATORS: tuple[GeneratorPreset, ...] = (
     _rar("xl", 1280, 32, 5120, 955_425_024, 1.50, 306.9, 1.02, 6.9, 1.5),
     _rar("xxl", 1408, 40, 6144, 1_498_520_704, 1.48, 326.0, 1.02, 8.0, 1.2),
 )
+
+
+def sampling_line(preset: GeneratorPreset) -> str:
+    """What its authors sample with, in a line.
+
+    Example:
+        >>> sampling_line(generator_named("titok-l-32-maskgit"))
+        '8 steps, temperature 9.5, guidance 5.5 linear, annealing'
+    """
+    options = dict(preset.sampling)
+    steps, guidance, schedule = (options.pop(name, None) for name in ("steps", "guidance", "schedule"))
+    parts = [f"{steps} steps"] if steps else []
+    parts += [f"temperature {options.pop('temperature'):g}"] if "temperature" in options else []
+    parts += [f"guidance {guidance:g}" + (f" {schedule}" if schedule else "")] if guidance else []
+    return ", ".join(parts + [name if value is True else f"{name} {value}" for name, value in options.items()])
 
 
 def generator_named(name: str) -> GeneratorPreset:

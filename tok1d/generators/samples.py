@@ -101,7 +101,7 @@ def settings_of(generator: Generator, tokenizer: Tokenizer1D, tokens: int | None
         "tokenizer": {"name": tokenizer.name, "model_id": f"{tokenizer.model_id:016x}"},
         "kind": generator.space.kind,
         "tokens": generator.space.check_tokens(tokens),
-        "options": dict(sorted(options.items())),
+        "options": dict(sorted({**generator.sampling, **options}.items())),
         "decoder": dict(sorted(decoder.items())),
     }
 
