@@ -25,27 +25,15 @@ from tok1d.tokenizers.quantizers.fsq import FSQ
 from tok1d.tokenizers.quantizers.growing_scale import GrowingScaleVQ
 from tok1d.tokenizers.quantizers.kl import KL
 from tok1d.tokenizers.quantizers.lfq import LFQ
-from tok1d.tokenizers.quantizers.nested_vq import NestedVQ
 from tok1d.tokenizers.quantizers.residual import ResidualVQ
 from tok1d.tokenizers.quantizers.simvq import SimVQ
 from tok1d.tokenizers.quantizers.vq import VQ
-
-BOOK = [0, 2, 2, 1, 1, 1, 0, 3]  # of 8 tokens, in no order
-
-
-def nested(vocab: int = 16, dim: int = 3) -> NestedVQ:
-    """8 tokens, 4 books and a spare one no token uses, stretched differently."""
-    torch.manual_seed(3)
-    made = NestedVQ(8, dim, vocab, books=5)
-    made.book.copy_(torch.tensor(BOOK))
-    made.scale.copy_(torch.rand(8, dim) + 0.01)
-    return made
 
 
 def model(tokens: int = 8, kind=AutoregressiveGenerator, condition=None, **arguments) -> Generator:
     torch.manual_seed(0)
     head = Codes(features=6, hidden=8)
-    head.take(CodeBooks.of(nested(), tokens))
+    head.take(CodeBooks.of(tiny.nested(), tokens))
     space = TokenSpace(tokens=tokens, vocab_size=16, nested=True)
     made = kind(space, condition or ClassCondition(3), **{"width": 32, "depth": 2, "heads": 2, **arguments}, head=head)
     return tiny.awake(made).eval()
@@ -54,7 +42,7 @@ def model(tokens: int = 8, kind=AutoregressiveGenerator, condition=None, **argum
 # what ids stand for ----------------------------------------------------------------------------------------------
 
 QUANTIZERS = {
-    "nested": nested,
+    "nested": tiny.nested,
     "vq": lambda: VQ(20, 5),
     "unit vq": lambda: VQ(20, 5, l2=True),
     "vq ema": lambda: VQ(20, 5, ema=True),
@@ -78,7 +66,7 @@ def test_books_say_what_the_quantizer_says(name, tokens):
     for ids in (every, drawn, drawn[:, : tokens // 2 + 1]):
         torch.testing.assert_close(found.codes(ids), quantizer.ids_to_codes(ids), rtol=1e-6, atol=1e-6)
     assert found.books.dtype == torch.float32 and found.book.unique().tolist() == list(range(len(found.books)))
-    assert len(found.books) == (len(set(BOOK[:tokens])) if name == "nested" else 1)
+    assert len(found.books) == (len(set(tiny.BOOK[:tokens])) if name == "nested" else 1)
     assert not any(x.requires_grad for x in (found.books, found.scale))
     before = found.books.clone()
     with torch.no_grad():
@@ -94,7 +82,7 @@ def test_books_say_what_the_quantizer_says(name, tokens):
         (lambda: FSQ([64, 64, 64]), "FSQ has 262144 ids"),
         (lambda: BSQ(70), "BSQ has 2\\^70 ids"),
         (lambda: GrowingScaleVQ(16, 4, [1, 2, 4]), "codes of several tokens together"),
-        (lambda: nested(), "has 8 tokens, asked for the codes of 9"),
+        (tiny.nested, "has 8 tokens, asked for the codes of 9"),
     ],
 )
 def test_quantizers_without_a_code_for_every_id(make, said):
@@ -117,11 +105,11 @@ def test_codes_that_depend_on_other_tokens():
 
 def brute(head: Codes, state: torch.Tensor, token: int) -> torch.Tensor:
     """float (W,) → (K,), id after id."""
-    table, quantizer = head.codes, nested()
-    units = quantizer.codebooks[BOOK[token]].square().mean().sqrt()
-    number = sorted(set(BOOK)).index(BOOK[token])
+    table, quantizer = head.codes, tiny.nested()
+    units = quantizer.codebooks[tiny.BOOK[token]].square().mean().sqrt()
+    number = sorted(set(tiny.BOOK)).index(tiny.BOOK[token])
     found = []
-    for code in quantizer.codebooks[BOOK[token]] / units:
+    for code in quantizer.codebooks[tiny.BOOK[token]] / units:
         inner = F.gelu(table.inner.weight @ code + table.inner.bias + table.offset[number, 0])
         phi = table.outer.weight @ inner + table.outer.bias + table.linear.weight @ code
         found.append((table.query.weight @ state + table.query.bias) @ phi)
@@ -152,7 +140,7 @@ def test_logits_are_what_they_are_said_to_be():
 
 def test_untrained_all_ids_are_equally_likely_and_a_prior_can_be_told():
     head = Codes(6, 8)
-    head.take(CodeBooks.of(nested(), 8))
+    head.take(CodeBooks.of(tiny.nested(), 8))
     head.attach(32, tiny.IDS)
     states = torch.randn(2, 8, 32)
     assert not head.codes.logits(states).any()
@@ -286,10 +274,10 @@ def test_refusals():
         Codes.of(tokenizers.kl())
     with pytest.raises(ModelError, match="codes of 3 tokens and 16 ids, Codes is for 8 tokens and 16 ids"):
         head = Codes()
-        head.take(CodeBooks.of(nested(), 3))
+        head.take(CodeBooks.of(tiny.nested(), 3))
         head.attach(8, tiny.IDS)
     with pytest.raises(ModelError, match="has 2 codebooks of width 3, these are 4 of width 3; leave books and dim out"):
-        Codes(books=2, dim=3).take(CodeBooks.of(nested(), 8))
+        Codes(books=2, dim=3).take(CodeBooks.of(tiny.nested(), 8))
     with pytest.raises(ModelError, match="both or none"):
         Codes(books=2)
     with pytest.raises(ModelError, match="features must be"):
@@ -308,7 +296,7 @@ def test_sizes_without_codes_never_look_like_a_model():
 # learning --------------------------------------------------------------------------------------------------------
 
 
-def held_out(head: TokenHead, steps: int = 60) -> float:
+def held_out(head: TokenHead, steps: int = 30) -> float:
     """Nats per token of new rows after training on few. What is told: a point moves to near its mirror image, in four books."""
     torch.manual_seed(0)
     books = torch.randn(4, 256, 2)

@@ -17,12 +17,22 @@ from tok1d.generators.heads import Softmax
 from tok1d.generators.masked import MaskedGenerator
 from tok1d.generators.masked_bert import BertBody
 from tok1d.generators.masked_body import TrunkBody
+from tok1d.generators.masked_codes import CodesBody
 from tok1d.generators.masked_steps import gumbel, pick, settle, still_masked
 from tok1d.generators.masked_uvit import UViTBody
 from tok1d.generators.sampling import choose, uniforms
 from tok1d.generators.space import TokenSpace
+from tok1d.tokenizers.quantizers.code_books import CodeBooks
 
-BODIES = {"trunk": TrunkBody, "bert": BertBody, "uvit": UViTBody}
+
+def knowing(**sizes: int) -> CodesBody:
+    """A body that knows the codes of 8 tokens."""
+    body = CodesBody(**sizes, features=6, inner=8)
+    body.take(CodeBooks.of(tiny.nested(), 8))
+    return body
+
+
+BODIES = {"trunk": TrunkBody, "bert": BertBody, "uvit": UViTBody, "codes": knowing}
 each_body = pytest.mark.parametrize("body", BODIES)
 
 
@@ -130,7 +140,7 @@ def plain(model, label, seeds, steps, guidance, schedule, temperature, annealing
     for step in range(steps):
         r = (step + 1) / steps
         t = temperature * (1 - r)
-        c, u = (model.body.head(model.body(ids, side)) for side in (given, null))
+        c, u = (model.body.logits(model.body(ids, side)) for side in (given, null))
         logits = combine(c, u, g[step])
         if annealing:
             logits = logits / (0.5 + 0.8 * (1 - r))
@@ -339,7 +349,7 @@ def test_what_is_saved_comes_back(body, tmp_path):
     model = masked(body, distribution="uniform")
     model.save_pretrained(tmp_path)
     back = Generator.from_pretrained(tmp_path)
-    assert type(back.body) is BODIES[body] and back.model_id == model.model_id
+    assert type(back.body) is type(model.body) and back.model_id == model.model_id
     made, again = (m.generate(2, label=1, guidance=2.0, tokens=5) for m in (model, back))
     assert torch.equal(made.ids, again.ids)
 

@@ -10,9 +10,11 @@ from tok1d.generators.heads import Softmax, TokenHead
 from tok1d.generators.heads_bits import Bits, MaskedBits
 from tok1d.generators.heads_factors import Channels, SubCodes
 from tok1d.generators.space import TokenSpace
+from tok1d.tokenizers.quantizers.nested_vq import NestedVQ
 
 IDS = TokenSpace(tokens=8, vocab_size=16, nested=True)
 WIDE = TokenSpace(tokens=8, kind="bits", bits=66, nested=True)
+BOOK = [0, 2, 2, 1, 1, 1, 0, 3]  # codebook of each of 8 tokens, in no order; there is a fifth that none uses
 
 HEADS = {
     "softmax": (Softmax, (), IDS),
@@ -48,6 +50,17 @@ def ar(name: str = "softmax", condition: Condition | None = None, **arguments) -
     arguments = {"width": 32, "depth": 2, "heads": 2, **arguments}
     model = AutoregressiveGenerator(arguments.pop("space", space), condition or ClassCondition(3), head=made, **arguments)
     return awake(model).eval()
+
+
+def nested(vocab: int = 16, dim: int = 3) -> NestedVQ:
+    """A quantizer of 8 tokens whose codebooks are stretched differently."""
+    draw = torch.Generator().manual_seed(3)
+    made = NestedVQ(8, dim, vocab, books=5)
+    with torch.no_grad():
+        made.codebooks.copy_(torch.randn(made.codebooks.shape, generator=draw))
+    made.book.copy_(torch.tensor(BOOK))
+    made.scale.copy_(torch.rand(8, dim, generator=draw) + 0.01)
+    return made
 
 
 def tokens(space: TokenSpace, rows: int, length: int | None = None, seed: int = 0) -> torch.Tensor:

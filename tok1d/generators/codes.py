@@ -117,11 +117,13 @@ class CodeTable(nn.Module):
 
     # inputs ------------------------------------------------------------------------------------------------------
 
-    def embed(self, ids: Tensor, places: Places = None) -> Tensor:
-        """int64 (B, n) ids of the tokens at these places → float (B, n, W)."""
-        where = self._where(ids.shape[1], places)
-        codes = F.embedding(ids + self.book[where] * self.books.shape[1], self.books.flatten(0, 1))
-        x = self.input(codes) + self.place(where)
+    def embed(self, ids: Tensor, places: Places = None, blank: Tensor | None = None) -> Tensor:
+        """int64 (B, n) ids of the tokens at these places → float (B, n, W); with a blank (W,) also id K, which it stands for."""
+        where, many = self._where(ids.shape[1], places), self.books.shape[1]
+        hidden = None if blank is None else ids == many
+        ids = ids if hidden is None else ids.masked_fill(hidden, 0)
+        x = self.input(F.embedding(ids + self.book[where] * many, self.books.flatten(0, 1)))
+        x = (x if hidden is None else torch.where(hidden[..., None], blank, x)) + self.place(where)
         return x + self.mix(F.silu(x))
 
     def _where(self, n: int, places: Places) -> Tensor:
@@ -251,7 +253,7 @@ class WithCodes(Part):
         width, space = self._form
         self.codes = CodeTable(space, self.books, self.dim, width, self.features, self.hidden)
 
-    def table(self) -> CodeTable:
+    def ready(self) -> CodeTable:
         """The table.
 
         Raises:

@@ -63,10 +63,10 @@ class Codes(WithCodes, TokenHead):
         return Placed(self, places)
 
     def embed(self, data: Tensor, places: Places = None) -> Tensor:
-        return self.table().embed(data, places)
+        return self.ready().embed(data, places)
 
     def loss(self, states: Tensor, data: Tensor, chance: Chance, places: Places = None) -> Tensor:
-        return self.table().nats(states, data, places)
+        return self.ready().nats(states, data, places)
 
     def sample(
         self,
@@ -79,7 +79,7 @@ class Codes(WithCodes, TokenHead):
         places: Places = None,
     ) -> Tensor:
         # Logits are affine in the states: guided states give guided logits
-        logits = self.table().logits(guided(states, len(uniform), g)[:, None], places)[:, 0]
+        logits = self.ready().logits(guided(states, len(uniform), g)[:, None], places)[:, 0]
         return choose(logits, uniform[:, 0], temperature, top_k, top_p)
 
 

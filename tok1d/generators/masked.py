@@ -119,7 +119,7 @@ class MaskedGenerator(Generator):
         Returns:
             float (B, n, K).
         """
-        return self.body.head(self.body(ids.masked_fill(masked, self.space.vocab_size), given, kept))
+        return self.body.logits(self.body(ids.masked_fill(masked, self.space.vocab_size), given, kept))
 
     # sampling ----------------------------------------------------------------------------------------------------
 
@@ -168,7 +168,8 @@ class MaskedGenerator(Generator):
             x = ids.masked_fill(masked, self.space.vocab_size).repeat(many, 1)
             states = self.body(x, request.given if many == 1 else both)
             states = torch.take_along_dim(states, places.repeat(many, 1)[..., None], 1)
-            return self.body.head(guided(states, rows, g[step])).float()  # affine: the same as guided logits, for half the work
+            logits = self.body.logits(guided(states, rows, g[step]), places)  # affine: the same as guided logits, for half the work
+            return logits.float()
 
         noise = uniforms(request.seeds, 2, steps, tokens, device=self.device)
         options = {"steps": steps, "temperature": temperature, "annealing": annealing, "masking": masking}

@@ -1,8 +1,9 @@
 """Networks that guess masked tokens from the others: the contract, and one on the trunk of all generators for new models.
 
-The bodies of published models: :mod:`tok1d.generators.masked_bert`, :mod:`tok1d.generators.masked_uvit`.
+The bodies of published models: :mod:`tok1d.generators.masked_bert`, :mod:`tok1d.generators.masked_uvit`; one that knows what ids
+stand for: :mod:`tok1d.generators.masked_codes`.
 
-Shapes: B rows, P places of the condition, n tokens, W width, K ids.
+Shapes: B rows, P places of the condition, n tokens, m of them, W width, K ids.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from tok1d.tokenizers.part import Part
 
 
 class MaskedBody(Part):
-    """Tokens, some of them masked → states; one linear layer, ``head``, makes logits of them.
+    """Tokens, some of them masked → states → logits.
 
-    That the head is affine matters: it can be applied after guidance, which combines states with weights that sum to 1.
+    That logits are affine in the states matters: guidance, which combines with weights that sum to 1, can combine states.
 
     Attributes:
         width: W.
-        table: K + 1 rows, the last for masked tokens.
-        head: W → K.
+        table: of :meth:`attach_ends`: K + 1 rows, the last for masked tokens.
+        head: of :meth:`attach_ends`: W → K.
     """
 
     width: int
@@ -48,6 +49,10 @@ class MaskedBody(Part):
     @abstractmethod
     def forward(self, ids: Tensor, given: Given, kept: Tensor | None = None) -> Tensor:
         """int64 (B, n) ids, K where masked; bool (B, n) what there is at all, None: everything → float (B, n, W)."""
+
+    def logits(self, states: Tensor, places: Tensor | None = None) -> Tensor:
+        """Float (B, m, W) states of the tokens at places int64 (B, m), None: of the first m → float (B, m, K)."""
+        return self.head(states)
 
     def attach_ends(self, space: TokenSpace) -> None:
         """Make table and head.
