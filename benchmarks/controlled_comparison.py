@@ -59,14 +59,12 @@ class Variant:
         quantizer: name in ``QUANTIZERS``.
         distribution: of training lengths; "" keeps every token.
         extra: losses beyond ``LOSSES``, by log name.
-        starts: steps before one of them counts; a third of all at most.
     """
 
     what: str
     quantizer: str = "fsq"
     distribution: str = ""
     extra: dict[str, float] = field(default_factory=dict)
-    starts: dict[str, int] = field(default_factory=dict)
 
 
 QUANTIZERS: dict[str, Any] = {
@@ -84,9 +82,7 @@ VARIANTS = {
     "glfq": Variant("grouped LFQ, 2 × 6 bits", "glfq"),
     "tail_drop": Variant("FSQ, tail drop: uniform lengths", distribution="uniform"),
     "powers": Variant("FSQ, tail drop: powers of two", distribution="powers_of_two"),
-    "align": Variant(
-        "FSQ + relations between images as a classifier sees them, from step 300", extra={"relation": 0.05}, starts={"relation": 300}
-    ),
+    "align": Variant("FSQ + relations between images as a classifier sees them", extra={"relation": 0.05}),
     "gan": Variant("FSQ + adversarial loss from step 700", extra={"gan": 0.1}),
 }
 
@@ -116,8 +112,7 @@ def task_of(variant: Variant, tokenizer: Tokenizer1D, steps: int) -> Any:
     if "relation" in variant.extra:
         from tok1d.training.losses.alignment import ImageRelation
 
-        starts = {name: min(step, steps // 3) for name, step in variant.starts.items()}
-        return ReconstructionTask(tokenizer, weights=weights, losses={"relation": ImageRelation(size=64)}, starts=starts, **RECIPE)
+        return ReconstructionTask(tokenizer, weights=weights, losses={"relation": ImageRelation(size=64)}, **RECIPE)
     return ReconstructionTask(tokenizer, weights=weights, **RECIPE)
 
 

@@ -30,7 +30,7 @@ from tok1d.training.frozen import Frozen
 from tok1d.training.losses.base import LatentLoss
 from tok1d.training.losses.features import OFFLINE, Backbone
 
-SHORT = 0.01  # root mean square of a state's channels; trained decoders have about 1
+SHORT = 0.01  # root mean square of what is compared, far below what occurs: 0.05 in a fresh head, 0.1 in relations, 1 in states
 
 
 class BlockReader:
@@ -134,7 +134,8 @@ class GridRelation(LatentLoss):
         layer: int = -1, margin: float = 0.25,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_margin(margin)
+        if not 0 <= margin < 2:
+            raise UsageError(f"margin is a difference of cosines in [0, 2), got {margin}")
         self.frozen, self.block, self.margin = Frozen(teacher=Teacher(model, weights, size, layer)), block, margin
         self.reader: BlockReader | None = None
 
@@ -153,39 +154,40 @@ class GridRelation(LatentLoss):
 
 
 class ImageRelation(LatentLoss):
-    """Images should resemble each other in their codes as in the teacher.
+    """Images that resemble each other in the teacher should do so in their codes.
 
-    Mean over pairs a ≠ b of images of all ranks of ``relu(|r_ab - s_ab| - margin)``. s is the cosine of the teacher's pooled features,
-    less their mean over the batch; r that of the codes of the tokens that both images kept, less each token's mean over the images
-    that kept it. Without the means all cosines are large, and codes would have to gather in a cone to match them.
+    One less the correlation of r_ab and s_ab over all pairs a ≠ b of images of all ranks (representational similarity analysis,
+    https://doi.org/10.3389/neuro.06.004.2008). s is the cosine of the teacher's pooled features, less their mean over the batch; r
+    that of the codes of the tokens that both images kept, less each token's mean over the images that kept it.
+
+    Mean absolute differences of r and s would be least for codes that are all the same: r is 0 then, as s nearly is for most pairs, while a few
+    coarse codes have r near 1 and -1. Here equal codes cost 1, as any that say nothing of s.
 
     Args:
         model, weights, size: see :class:`tok1d.training.losses.features.Backbone`.
-        margin: differences below it cost nothing.
         spread: root mean square distance of a token's codes from their mean below which the gradient is that at this distance; a code of
             a binary or normalised quantizer has length 1, one of FSQ about that.
     """
 
-    def __init__(
-        self, model: str = OFFLINE, weights: str | None = None, size: int | None = None, margin: float = 0.0, spread: float = 0.5
-    ) -> None:
+    def __init__(self, model: str = OFFLINE, weights: str | None = None, size: int | None = None, spread: float = 0.5) -> None:
         super().__init__()
-        _check_margin(margin)
         if spread <= 0:
             raise UsageError(f"spread is a distance of codes above 0, got {spread}")
-        self.frozen, self.margin, self.spread = Frozen(teacher=Teacher(model, weights, size)), margin, spread
+        self.frozen, self.spread = Frozen(teacher=Teacher(model, weights, size)), spread
 
     def forward(self, z: Tensor, q: Tensor, mask: Tensor | None, images: Tensor, batch: dict[str, Any]) -> Tensor:
-        """See :class:`LatentLoss`."""
+        """See :class:`LatentLoss`; 0 where all ranks together have fewer than three images, whose relations say nothing."""
         f = all_rows(self.frozen.on(images.device)["teacher"].pooled(images))
         kept = q.new_ones(q.shape[:2]) if mask is None else mask.to(q.dtype)
         q, kept = all_rows(q.float()), all_rows(kept.float())
-        if len(q) < 2:
+        if len(q) < 3:
             return q.sum() * 0
         with torch.autocast(q.device.type, enabled=False):
-            difference = (code_relation(q, kept, self.spread) - image_relation(f)).abs()
             others = ~torch.eye(len(q), dtype=torch.bool, device=q.device)
-            return F.relu(difference - self.margin)[others].mean()
+            r, s = (relation[others] for relation in (code_relation(q, kept, self.spread), image_relation(f)))
+            r, s = r - r.mean(), s - s.mean()
+            least = SHORT * len(r) ** 0.5  # below it r falls short of s, which costs: a limit that drives relations apart
+            return 1 - (r * s).sum() / (r.norm().clamp(min=least) * s.norm().clamp(min=least))
 
 
 def image_relation(f: Tensor) -> Tensor:
@@ -271,8 +273,3 @@ def _read(reader: BlockReader | None) -> tuple[Tensor, tuple[int, int]]:
     if reader is None:
         raise ModelError("this loss reads the decoder: call attach(tokenizer) before training (tasks do)")
     return reader.take()
-
-
-def _check_margin(margin: float) -> None:
-    if not 0 <= margin < 2:
-        raise UsageError(f"margin is a difference of cosines in [0, 2), got {margin}")
