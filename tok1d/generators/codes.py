@@ -137,12 +137,13 @@ class CodeTable(nn.Module):
 
     def each(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of the first n tokens, float (B, n, W): the tokens of a run and their logits, float (B, run, K)."""
-        features, query = self.features(), self.query(states)
+        query = self.query(states)
+        features, bias = self.features().unbind(0), self.bias.unbind(0)  # indexed one by one, each would have a gradient of full size
         for start, end, book in self.runs():
             here = slice(start, min(end, states.shape[1]))
             if here.start >= here.stop:
                 break
-            yield here, query[:, here] @ features[book].T + self.bias[book]
+            yield here, query[:, here] @ features[book].T + bias[book]
 
     def logits(self, states: Tensor, places: Places = None) -> Tensor:
         """Float (B, n, W) states of the tokens at these places → float (B, n, K), affine in the states."""
