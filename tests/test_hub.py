@@ -128,3 +128,17 @@ def test_the_table_agrees_with_the_shipped_files(preset: Preset):
     assert found["parameters"] == preset.parameters
     assert preset.bits_per_token <= 16 and found["weight_bytes"] <= 40_000_000
     json.dumps(config)
+
+
+def test_a_loaded_model_is_saved_as_it_was_stored_and_keeps_its_id(tmp_path):
+    """The shipped weights are float16; written as float32 they would be another model, and its generators would refuse it."""
+    model = tok1d.load("default")
+    model.save_pretrained(tmp_path / "same")
+    names = ("diffusion_pytorch_model.safetensors", "halting.safetensors")
+    assert all((tmp_path / "same" / n).stat().st_size <= 1.01 * (hub.resolve("default") / n).stat().st_size for n in names)
+    assert tok1d.load(tmp_path / "same").model_id == model.model_id
+    with torch.no_grad():
+        next(model.decoder.parameters()).mul_(1.0001)
+    model.save_pretrained(tmp_path / "other")
+    again = tok1d.load(tmp_path / "other")
+    assert again.model_id != model.model_id and torch.equal(next(again.decoder.parameters()), next(model.decoder.parameters()))

@@ -76,6 +76,17 @@ def plain_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
     return state
 
 
+def as_stored(state: dict[str, Tensor], stored: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    """The same numbers in the precision they were read in, where that loses nothing: the model then keeps its id.
+
+    Args:
+        state: of :func:`plain_state`.
+        stored: dtype by key, {} of a model that was not read.
+    """
+    found = {key: value.to(stored.get(key, value.dtype)) for key, value in state.items()}
+    return found if all(torch.equal(found[key].to(value.dtype), value) for key, value in state.items()) else state
+
+
 def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict → that of the model, and that of its halting head with plain keys, {} if it has none."""
     prefix = f"{HALTING}."

@@ -19,6 +19,7 @@ from tok1d.tokenizers.fitting import check_parts
 from tok1d.tokenizers.folder import (
     CONFIG_NAME,
     HALTING,
+    as_stored,
     chunks_of,
     fingerprint,
     plain_state,
@@ -100,6 +101,7 @@ class Tokenizer1D(Border, nn.Module):
         if halting is not None:
             check_head(self)
         self._model_id: int | None = None
+        self._stored: dict[str, torch.dtype] = {}
 
     # what it is --------------------------------------------------------------------------------------------------
 
@@ -398,9 +400,10 @@ class Tokenizer1D(Border, nn.Module):
 
         Args:
             folder: made if missing.
-            dtype: cast floating-point weights (``torch.float16`` halves the file); they load back as float32.
+            dtype: cast floating-point weights (``torch.float16`` halves the file); they load back as float32. If None, weights that
+                are still those that were loaded are written as they were stored, so that the model keeps its id; others in float32.
         """
-        write_folder(folder, self.to_config(), plain_state(self, dtype))
+        write_folder(folder, self.to_config(), as_stored(plain_state(self), self._stored) if dtype is None else plain_state(self, dtype))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer1D:
@@ -417,4 +420,5 @@ class Tokenizer1D(Border, nn.Module):
             raise ModelError(f"{folder}: the weights do not fit {CONFIG_NAME}: {error}") from error
         model.eval().requires_grad_(False)
         model._model_id = fingerprint(model.to_config(), [weights])
+        model._stored = {key: value.dtype for key, value in state.items()}
         return model
