@@ -11,6 +11,7 @@ import yaml
 
 from tests.training import tiny as tokenizers
 from tests.training.shards import drawn
+from tok1d import hub
 from tok1d.cli.main import main
 from tok1d.data.tokens import TokenData
 from tok1d.errors import ModelError, TokenError
@@ -121,6 +122,17 @@ def test_trained_by_command_exported_and_generating(place, capfd):
     assert json.loads(Path("made/config.json").read_text())["head"]["books"] == 2
     books = CodeBooks.of(place.quantizer, 6).books
     torch.testing.assert_close(generator.head.codes.books, books / books.square().mean((1, 2), keepdim=True).sqrt())
+
+
+def test_a_step_of_the_recipe(tmp_path, monkeypatch, capfd):
+    """configs/generator/ar_small on shards of the shipped tokenizer, which it finds by their name."""
+    monkeypatch.chdir(tmp_path)
+    space = TokenSpace.of(hub.load("default"))
+    for name in ("train", "val"):
+        drawn(tmp_path / "tokens" / name, 4, space)
+    sizes = ["--model.generator.init_args.width", "32", "--model.generator.init_args.heads", "2", "--model.generator.init_args.depth", "1"]
+    assert main(["fit", "--config", "generator/ar_small", "--trainer.fast_dev_run", "true", "--data.batch_size", "2", *sizes]) == 0
+    assert "val/token 8." in capfd.readouterr().err
 
 
 def test_codes_are_neither_counted_nor_trained_nor_averaged(place):
