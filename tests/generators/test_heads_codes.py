@@ -194,6 +194,16 @@ def test_features_are_computed_once_and_again_when_something_changed():
     assert len(count) == 5, "in training every time"
 
 
+@torch.no_grad()
+def test_features_of_half_precision_are_not_kept():
+    made, states = model(), torch.randn(2, 8, 32)
+    exact = made.head.codes.logits(states)
+    made.head.codes.forget()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = made.head.codes.logits(states)
+    assert torch.equal(made.head.codes.logits(states), exact) and not torch.equal(rough.float(), exact)
+
+
 def test_token_by_token_is_all_at_once():
     """Every token of a greedy row is the likeliest after those before it, in one forward without a cache."""
     made = model()

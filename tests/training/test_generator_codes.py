@@ -17,7 +17,7 @@ from tok1d.data.tokens import TokenData
 from tok1d.errors import ModelError, TokenError
 from tok1d.generators.ar import AutoregressiveGenerator
 from tok1d.generators.codes import CodeTable, wants_codes
-from tok1d.generators.condition import Unconditional
+from tok1d.generators.condition import ClassCondition, Unconditional
 from tok1d.generators.generator import Generator
 from tok1d.generators.heads_codes import Codes
 from tok1d.generators.space import TokenSpace
@@ -84,6 +84,21 @@ def test_another_tokenizer_is_refused(place):
         built(tokenizer="fsq")
     with pytest.raises(ModelError, match="has 3 codebooks of width 4, these are 2 of width 4; leave books and dim out"):
         built(lambda space, condition: AutoregressiveGenerator(space, condition, 32, 1, 2, head=Codes(8, 8, books=3, dim=4)), tokenizer="model")
+
+
+def test_weights_to_start_from_bring_no_codes(place):
+    """Those of a generator of another tokenizer with as many books: ids then mean what they mean in the shards."""
+    with torch.no_grad():
+        other = CodeBooks(torch.randn(2, 16, 4), torch.tensor([1, 0] * 4), torch.ones(8, 4))
+        made = small(TokenSpace.of(place), ClassCondition(3))
+        made.head.take(other)
+        made.config["head"] = made.head.to_config()
+        made.start.fill_(7.0)
+    made.save_pretrained("start")
+    begun = built(tokenizer="model", init_from="start")
+    assert begun.start.eq(7).all() and begun.head.codes.book.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    books = CodeBooks.of(place.quantizer, 8).books
+    torch.testing.assert_close(begun.head.codes.books, books / books.square().mean((1, 2), keepdim=True).sqrt())
 
 
 def test_trained_by_command_exported_and_generating(place, capfd):

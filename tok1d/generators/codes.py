@@ -59,8 +59,10 @@ class CodeTable(nn.Module):
         self.bias = nn.Parameter(torch.zeros(books, space.vocab_size))
         self.input, self.mix = nn.Linear(dim, width), nn.Linear(width, width)
         self.place = nn.Embedding(space.tokens, width)
-        for layer, std in ((self.inner, dim**-0.5), (self.outer, hidden**-0.5), (self.linear, dim**-0.5), (self.input, 0.5 * dim**-0.5), (self.mix, 0.5 * width**-0.5), (self.place, 0.5)):
-            nn.init.trunc_normal_(layer.weight, std=std)
+        sizes = {self.inner: dim**-0.5, self.outer: hidden**-0.5, self.linear: dim**-0.5}
+        sizes |= {self.input: 0.5 * dim**-0.5, self.mix: 0.5 * width**-0.5, self.place: 0.5}
+        for layer, deviation in sizes.items():
+            nn.init.trunc_normal_(layer.weight, std=deviation)
         nn.init.zeros_(self.query.weight)
         nn.init.zeros_(self.query.bias)
         self._kept: tuple[Any, Tensor] | None = None
@@ -108,7 +110,8 @@ class CodeTable(nn.Module):
             return self._kept[1]
         if key is None:
             return self._features()
-        with torch.inference_mode(False), torch.no_grad():  # else what is kept could not be used outside of inference mode
+        # Made in inference mode or in half precision, what is kept could not be used outside of either
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.books.device.type, enabled=False):
             self._kept = (key, self._features())
         return self._kept[1]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tok1d import hub
 from tok1d.errors import ModelError, TokError, UsageError
-from tok1d.generators.codes import give_codes, wants_codes
+from tok1d.generators.codes import CodeTable, give_codes, wants_codes
 from tok1d.generators.condition import ClassCondition, Condition, Unconditional
 from tok1d.generators.generator import Generator
 from tok1d.generators.space import TokenSpace
@@ -181,8 +181,10 @@ def _start_from(generator: Generator, folder: str) -> None:
         ModelError: no generator there, or one of other sizes.
     """
     other = Generator.from_pretrained(folder)
+    tables = ((path, part) for path, part in generator.named_modules() if isinstance(part, CodeTable))
+    codes = {f"{path}.{name}": value for path, table in tables for name, value in table.named_buffers()}
     try:
-        generator.load_state_dict(other.state_dict())
+        generator.load_state_dict({**other.state_dict(), **codes})  # ids mean what the shards say, whatever they meant before
     except RuntimeError as error:
         first = str(error).strip().split("\n")[1:2] or [str(error)]
         raise ModelError(f"init_from {folder}: a generator of other parts or sizes than the one configured ({first[0].strip()})") from error
