@@ -261,7 +261,7 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: Path) -> Path:
     """PSNR against LPIPS at all tokens, and PSNR by tokens of the variants that take fewer."""
     pyplot = require("matplotlib.pyplot", "eval")
-    figure, (all_tokens, by_tokens) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (all_tokens, by_tokens) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for row in result["variants"].values():
         last = row["curve"][-1]
         all_tokens.errorbar(last["lpips"], last["psnr"], last["interval"]["psnr"], last["interval"]["lpips"], "o", label=row["what"])
@@ -274,7 +274,7 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     by_tokens.set_xticks(COUNTS, [str(k) for k in COUNTS])
     for axes in (all_tokens, by_tokens):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     figure.savefig(path, dpi=110)
     return path
 
