@@ -12,7 +12,7 @@ import os
 import warnings
 
 from tok1d.errors import ModelError
-from tok1d.presets import PRESETS, Preset
+from tok1d.presets import PRESETS, Placed
 
 VARIABLE = "TOK1D_ACCEPT_LICENSE"
 _announced: set[str] = set()
@@ -30,12 +30,12 @@ class LicenceError(ModelError):
         how: ways to accept it beside the environment variable.
     """
 
-    def __init__(self, preset: Preset, how: str = "--accept-license, in Python accept_license=True, or ") -> None:
+    def __init__(self, preset: Placed, how: str = "--accept-license, in Python accept_license=True, or ") -> None:
         self.preset = preset
         super().__init__(f"{notice(preset)} If you accept its terms: {how}the environment variable {VARIABLE}={preset.name}")
 
 
-def require_acceptance(preset: Preset, accepted: bool) -> None:
+def require_acceptance(preset: Placed, accepted: bool) -> None:
     """Nothing for free weights; else the licence must have been accepted.
 
     Raises:
@@ -49,7 +49,7 @@ def require_acceptance(preset: Preset, accepted: bool) -> None:
     announce(preset, stacklevel=5)  # whoever called load()
 
 
-def announce(preset: Preset, stacklevel: int = 2) -> None:
+def announce(preset: Placed, stacklevel: int = 2) -> None:
     """Say the terms of research-only weights, once in a process for each licence."""
     if preset.research_only and preset.licence not in _announced:
         _announced.add(preset.licence)
@@ -64,7 +64,7 @@ def announce_layout(layout: str) -> None:
         warnings.warn(f"if these weights come from the published ones: {notice(preset)}", LicenceNotice, stacklevel=4)
 
 
-def notice(preset: Preset) -> str:
+def notice(preset: Placed) -> str:
     """One sentence about the terms.
 
     Example:
