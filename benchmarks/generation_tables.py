@@ -23,7 +23,7 @@ def published() -> str:
     def line(p: GeneratorPreset) -> list[str]:
         count = f"{p.parameters / 1e6:.1f} M" if p.parameters < 1e9 else f"{p.parameters / 1e9:.2f} G"
         printed = ", ".join(f"{name} {value:g}" for name, value in p.printed.items()) or "–"
-        where = ", ".join(w.removeprefix("hub:") for w in (p.where, *p.also))
+        where = "ships with tok1d" if p.where == "package" else ", ".join(w.removeprefix("hub:") for w in (p.where, *p.also))
         return [f"`{p.name}`", f"`{p.tokenizer}`", str(p.tokens), count, sampling_line(p), p.licence, where, printed]
 
     head = ["name", "tokenizer", "tokens", "parameters", "their sampling", "licence", "where", "printed by its paper"]
@@ -58,6 +58,30 @@ def masked() -> str:
     return f"{_model(own)}, {own['tokens']} tokens, guidance {own['guidance']:g}; processor seconds. {_machine(own)}\n\n{table(head, rows)}"
 
 
+def comparison() -> str:
+    """Kinds of generators after the same processor time, and one kind at several lengths."""
+    own = load("generator_comparison")
+    if own is None:
+        return "Not measured yet: `python -m benchmarks.generator_comparison`."
+    head = ["generator", "tokens", "steps", "guidance", "Fréchet distance", "to photos", "precision", "recall", "class accuracy", "images/s", "with decoder"]
+    rows = []
+    for one in own["variants"].values():
+        for g, found in one["guidance"].items():
+            speed = [f"{found['images_per_second']:.1f}", f"{found['images_per_second_painted']:.1f}"]
+            rows.append([one["what"], str(one["tokens"]), f"{one['steps']:,}", g, *_distances(found), *speed])
+    rows += [["photos for validation, encoded and decoded", tokens, "", "", *_distances(found), "", ""] for tokens, found in sorted(own["ceiling"].items(), key=lambda i: int(i[0]))]
+    few, most = (f(v["parameters"] for v in own["variants"].values()) / 1e6 for f in (min, max))
+    told = own["protocol"]
+    about = f"{few:.1f} to {most:.1f} M parameters, {told['minutes']:g} minutes of processor time, {told['samples']}; features of {told['features']}. {_machine(own)}"
+    return f"{about}\n\n{table(head, rows)}"
+
+
+def _distances(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{found['frechet']:.1f}", f"{found['frechet_photos']:.0f}", f"{found['precision']:.2f}", f"{found['recall']:.2f}", f"{found['class_accuracy']:.0%}",
+    ]  # fmt: skip
+
+
 def _model(own: dict[str, Any]) -> str:
     return f"{own['parameters'] / 1e6:.1f} M parameters of random values ({own['depth']} blocks of width {own['width']}), {own['vocab']:,} ids, {own['dtype']}"
 
@@ -68,7 +92,7 @@ def _machine(own: dict[str, Any]) -> str:
     return f"{m['cpu']}, {threads} of {m['cores']} cores, load {m['load_average']}, torch {m['torch']}, {own['date'][:10]}."
 
 
-TABLES = {"published": published, "cached": cached, "masked": masked}
+TABLES = {"published": published, "cached": cached, "masked": masked, "comparison": comparison}
 
 
 def main(check: bool) -> int:

@@ -133,7 +133,7 @@ def test_rar_cached_logits_equal_the_recorded_ones(monkeypatch):
     golden.check("logits_raster_cached", torch.stack(seen, 1))
 
 
-@pytest.mark.parametrize("preset", GENERATORS, ids=lambda preset: preset.name)
+@pytest.mark.parametrize("preset", [p for p in GENERATORS if p.layout != "tok1d"], ids=lambda preset: preset.name)
 def test_table_of_published_generators(preset):
     with torch.device("meta"):
         model = Generator.from_config(config_of(preset))

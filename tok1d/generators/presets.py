@@ -1,4 +1,4 @@
-"""The table of published generators, as plain data: where they are, their sizes, and how their authors sample."""
+"""The table of generators that load by name, as plain data: where they are, their sizes, and how their authors sample."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GeneratorPreset(Placed):
     Attributes:
         name: what ``tok generate`` and :func:`tok1d.load_generator` take.
         where: ``package`` (its weights ship inside tok1d), ``hub:owner/name`` or ``hub:owner/name:file``.
-        layout: family of published weights (:mod:`tok1d.generators.official`).
+        layout: family of published weights (:mod:`tok1d.generators.official`); ``tok1d`` for our own.
         tokenizer: whose tokens it makes, a name of :mod:`tok1d.presets`.
         tokens: of a row.
         vocab_size: number of ids.
@@ -86,6 +86,10 @@ def _rar(
 
 # Authors' linear schedules add w (c - u) to c: our guidance is their w + 1.
 GENERATORS: tuple[GeneratorPreset, ...] = (
+    GeneratorPreset(
+        "default-flow", "package", "tok1d", "default", 64, 4096, 8_341_588,
+        sampling={"steps": 25, "solver": "heun", "guidance": 2.5}, paper="https://arxiv.org/abs/2209.03003",
+    ),
     _titok("l32", "titok-l-32", "maskgit-bert", 32, 177_202_432, 2.77, 8, 9.5, 5.5, "linear"),
     _titok("b64", "titok-b-64", "maskgit-bert", 64, 177_227_008, 2.48, 8, 11.0, 4.0, "linear"),
     _titok("s128", "titok-s-128", "maskgit-uvit", 128, 294_990_848, 1.97, 64, 2.8, 6.9, "power_cosine(3)"),
@@ -127,7 +131,13 @@ def generator_named(name: str) -> GeneratorPreset:
 
 
 def config_of(preset: GeneratorPreset) -> dict[str, Any]:
-    """``Generator.from_config`` data of a published generator from its row alone, to train one like it."""
+    """``Generator.from_config`` data of a published generator from its row alone, to train one like it.
+
+    Raises:
+        ModelError: one of our own, whose config.json says it.
+    """
+    if preset.layout == "tok1d":
+        raise ModelError(f"{preset.name} is of no published family; its configuration is in the config.json that it ships with")
     from tok1d.generators.official.maskgit import bert_config, uvit_config
     from tok1d.generators.official.rar import rar_config
 
