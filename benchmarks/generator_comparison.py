@@ -241,6 +241,8 @@ def pictures(minutes: float, path: Path, shown: int = 3, side: int = 64) -> Path
     rows = []
     for name in VARIANTS:
         folder = HOME / f"{name}-{minutes:g}" / f"samples-{GUIDANCE[-1]:g}"
+        if not folder.is_dir():
+            continue
         found = [sorted((folder / c).iterdir())[:shown] for c in sorted(p.name for p in folder.iterdir() if p.is_dir())[::2]]
         rows.append([Image.open(p).resize((side, side), Image.Resampling.BICUBIC) for part in found for p in part])
     sheet = Image.new("RGB", (side * len(rows[0]), side * len(rows)), "white")
