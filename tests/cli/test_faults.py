@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -304,7 +305,9 @@ def test_a_real_broken_pipe_and_a_real_interrupt(tmp_path):
     assert done.returncode == 141 and done.stderr == ""
     code = "import sys\nfrom tok1d.cli.main import main\nprint('ready', flush=True)\nsys.exit(main(['info', '-']))"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child = subprocess.Popen([sys.executable, "-c", code], **pipes, text=True)
+    # a shell starts what it runs in the background deaf to Ctrl-C, and children inherit that
+    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = subprocess.Popen([sys.executable, "-c", code], **pipes, text=True, preexec_fn=hearing)
     assert child.stdout.readline() == "ready\n"
     time.sleep(0.2)
     os.kill(child.pid, signal.SIGINT)
